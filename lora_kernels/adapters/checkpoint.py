@@ -1,0 +1,1 @@
+load_adapter = save_adapter = None

@@ -1,0 +1,45 @@
+"""The autograd Function of the eager path: what is saved, and which gradients are computed."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lora_kernels import dispatch
+
+
+def lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy):
+    """`y [M,N]` of the 2-D problem; differentiable in x, bias, lora_a and lora_b."""
+    plan = dispatch.plan_for(x, weight, lora_a, dropout_p, backend, strategy)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan)
+    return plan.forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """2-D in, 2-D out: a view returned from here could not be modified in place by the caller."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan):
+        y, h = plan.forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        _, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs_a else None, h if needs_b else None, weight, lora_a, lora_b, seed, bias if needs_bias else None
+        )
+        ctx.scaling, ctx.dropout_p, ctx.plan = scaling, dropout_p, plan
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, h, weight, lora_a, lora_b, seed, bias = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs = (needs_x, needs_a, needs_b)
+        dx, da, db = ctx.plan.backward(dy, x, h, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
+        dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
+        return dx, None, dbias, da, db, None, None, None, None
+
+
+def bias_gradient(dy):
+    """`dbias [N]`, summed over the rows of `dy [M,N]` in fp32 or better."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))

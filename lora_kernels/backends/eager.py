@@ -1,0 +1,46 @@
+"""Plain PyTorch: runs everywhere, and is the fallback where no kernel applies.
+
+The strategy is `chained`: the adapter's term is written first and the base GEMM accumulates onto it (beta = 1), which
+saves the scale and add passes of the usual module stack.
+"""
+
+import torch
+
+from lora_kernels import reference
+
+STRATEGIES = ("chained",)
+
+
+def reasons_unsupported(problem) -> list[str]:
+    """Why this backend cannot run `problem`: never a reason."""
+    return []
+
+
+def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
+    """`y [M,N]` and `h [M,R] = scaling drop(x) Aᵀ`, both in x's dtype."""
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    h = _drop(x, dropout_p, seed).mm(lora_a.mT).mul_(scaling)
+    y = h.mm(lora_b.mT) if bias is None else torch.addmm(bias, h, lora_b.mT)
+    return y.addmm_(x, weight.mT), h
+
+
+def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):
+    """`(dx [M,K], da [R,K], db [N,R])`, None where `needs` says so; da and db in lora_a's dtype."""
+    needs_x, needs_a, needs_b = needs
+    dx = da = db = None
+    if needs_x or needs_a:
+        g = dy.mm(lora_b.to(dy.dtype)).mul_(scaling)
+    if needs_x:
+        dx = _drop(g.mm(lora_a.to(dy.dtype)), dropout_p, seed).addmm_(dy, weight)
+    if needs_a:
+        da = g.mT.mm(_drop(x, dropout_p, seed)).to(lora_a.dtype)
+    if needs_b:
+        db = dy.mT.mm(h).to(lora_b.dtype)
+    return dx, da, db
+
+
+def _drop(x, dropout_p, seed):
+    if dropout_p == 0.0:
+        return x
+    keep = reference.dropout_keep(seed, *x.shape, dropout_p, device=x.device)
+    return x * keep.to(x.dtype).mul_(1.0 / (1.0 - dropout_p))

@@ -1,0 +1,144 @@
+"""The functions people call: check the arguments, flatten the leading dimensions, hand over to autograd or the operator."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_kernels import autograd, dispatch, ops
+
+MAX_RANK = 512
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """A linear layer and its LoRA update as one differentiable operation: `y = x Wᵀ + bias + scaling (drop(x) Aᵀ) Bᵀ`.
+
+    x         `[..., K]`, fp16, bf16, fp32 or fp64; any strides
+    weight    `[N, K]`, as in `nn.Linear`; same dtype as x; frozen (it must not require grad)
+    lora_a    `[R, K]` with 1 ≤ R ≤ 512; same dtype as x, or fp32 (then its gradient is fp32)
+    lora_b    `[N, R]`, same dtype as lora_a
+    scaling   finite and ≥ 0: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA; a float, or a 0-d tensor, which is not
+              read on the host and so not checked when it lies on a GPU
+    bias      `[N]`, same dtype as x; gets a gradient if it requires one
+    dropout_p in [0, 1): the share of x's elements hidden from the adapter (never from the base layer)
+    backend   None (dispatch decides), "triton" or "eager"
+    strategy  None (dispatch decides), "single_pass", "extended", "one_launch" or "chained"
+
+    Returns `y [..., N]` in x's dtype. Under autocast x, weight and bias are cast to its dtype, as in `F.linear`.
+    Raises TypeError or ValueError for arguments that break the above, NotImplementedError for a backend or strategy
+    that was asked for and cannot run this problem.
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+
+    >>> import torch
+    >>> x, weight = torch.randn(2, 5, 64), torch.randn(32, 64)
+    >>> lora_a, lora_b = torch.randn(8, 64), torch.zeros(32, 8)
+    >>> y = lora_linear(x, weight, lora_a, lora_b, scaling=2.0)
+    >>> torch.allclose(y, x @ weight.T, atol=1e-4)  # B = 0: the base layer
+    True
+    """
+    _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    seed = None
+    if dropout_p > 0.0:
+        # On x's device, so that CUDA graphs and activation checkpointing replay it like any other random draw.
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    if ops.must_trace(x):
+        scaling = scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=torch.float32)
+        y, _ = ops.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
+    else:
+        y = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p):
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: got layout {tensor.layout}, expected torch.strided")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name}: got a meta tensor, expected one with data (materialise the model first)")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device}, as x")
+    _check_shapes(x, weight, lora_a, lora_b, bias)
+    _check_dtypes(x, weight, lora_a, lora_b, bias)
+    _check_scaling(scaling, x)
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a float in [0, 1)")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, expected a float in [0, 1)")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight: requires grad, expected a frozen base weight (LoRA trains lora_a and lora_b only); "
+            "call weight.requires_grad_(False)"
+        )
+
+
+def _check_shapes(x, weight, lora_a, lora_b, bias):
+    if x.dim() < 1:
+        raise ValueError("x: got a 0-d tensor, expected [..., K]")
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K] with N, K >= 1")
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x: got shape {list(x.shape)}, expected [..., {k}], since weight is {list(weight.shape)}")
+    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+        raise ValueError(f"lora_a: got shape {list(lora_a.shape)}, expected [R, {k}], since weight is {[n, k]}")
+    r = lora_a.shape[0]
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"lora_a: got rank {r} (shape {list(lora_a.shape)}), expected 1 <= R <= {MAX_RANK}")
+    if lora_b.shape != (n, r):
+        raise ValueError(f"lora_b: got shape {list(lora_b.shape)}, expected {[n, r]}, since lora_a is {[r, k]}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias: got shape {list(bias.shape)}, expected {[n]}, since weight is {[n, k]}")
+
+
+def _check_dtypes(x, weight, lora_a, lora_b, bias):
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype and not (autocast and tensor.dtype in DTYPES):
+            raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x (cast one, or use torch.autocast)")
+    if lora_a.dtype != x.dtype and lora_a.dtype != torch.float32 and not (autocast and lora_a.dtype in DTYPES):
+        raise TypeError(f"lora_a: got {lora_a.dtype}, expected {x.dtype}, as x, or torch.float32")
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"lora_b: got {lora_b.dtype}, expected {lora_a.dtype}, as lora_a")
+
+
+def _check_scaling(scaling, x):
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0 or not scaling.is_floating_point():
+            raise ValueError(
+                f"scaling: got a {scaling.dtype} tensor of shape {list(scaling.shape)}, "
+                "expected a float or a 0-d floating-point tensor"
+            )
+        if scaling.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("scaling: requires grad, but there is no gradient for scaling; detach it")
+        if scaling.device.type == "meta" or scaling.device not in (x.device, torch.device("cpu")):
+            raise ValueError(f"scaling: got device {scaling.device}, expected {x.device}, as x, or cpu")
+        if scaling.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # reading it would stall the stream or break the graph
+        scaling = float(scaling)
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling: got {type(scaling).__name__}, expected a float or a 0-d tensor")
+    if not (math.isfinite(scaling) and scaling >= 0.0):
+        raise ValueError(f"scaling: got {scaling}, expected a finite number >= 0")

@@ -1,0 +1,1 @@
+LoRALinear = apply_lora = trainable_parameters = None

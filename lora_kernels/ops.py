@@ -1,0 +1,106 @@
+"""The registered operators: what torch.compile, torch.export and selective checkpointing see as one node.
+
+`lora_kernels::lora_linear(x [M,K], weight [N,K], bias [N]?, lora_a [R,K], lora_b [N,R], scaling [], dropout_p, seed []?,
+backend?, strategy?) -> (y [M,N], h [M,R])`, and its backward. Eager calls go through `autograd` instead, because crossing
+the dispatcher costs more than launching the kernel.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_kernels import dispatch
+from lora_kernels.autograd import bias_gradient
+
+_library = torch.library.Library("lora_kernels", "DEF")
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, float dropout_p, "
+    "Tensor? seed, str? backend=None, str? strategy=None) -> (Tensor y, Tensor h)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, "
+    "float dropout_p, Tensor? seed, bool[3] needs, str? backend=None, str? strategy=None) "
+    "-> (Tensor dx, Tensor da, Tensor db)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+lora_linear = torch.ops.lora_kernels.lora_linear
+lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward
+
+
+def must_trace(x: Tensor) -> bool:
+    """Whether something watches the dispatcher (compile, export, fake tensors, selective checkpointing, a subclass)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend=None, strategy=None):
+    plan = dispatch.plan_for(x, weight, lora_a, dropout_p, backend, strategy)
+    return plan.forward(x, weight, bias, lora_a, lora_b, _host(scaling), dropout_p, seed)
+
+
+def _backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, backend=None, strategy=None):
+    plan = dispatch.plan_for(x, weight, lora_a, dropout_p, backend, strategy)
+    grads = plan.backward(dy, x, h, weight, lora_a, lora_b, _host(scaling), dropout_p, seed, needs)
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _host(scaling):
+    return float(scaling) if scaling.device.type == "cpu" else scaling
+
+
+def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend=None, strategy=None):
+    m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
+    return x.new_empty(m, n), x.new_empty(m, r)
+
+
+def _backward_fake(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, backend=None, strategy=None):
+    shapes = ((x.shape, dy), (lora_a.shape, lora_a), (lora_b.shape, lora_b))
+    return tuple(like.new_empty(shape if need else 0) for need, (shape, like) in zip(needs, shapes, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy = inputs
+    _, h = output
+    ctx.save_for_backward(x, h, weight, lora_a, lora_b, scaling, seed, bias)
+    ctx.mark_non_differentiable(h)
+    ctx.dropout_p, ctx.backend, ctx.strategy = dropout_p, backend, strategy
+
+
+def _autograd(ctx, dy, _):
+    x, h, weight, lora_a, lora_b, scaling, seed, bias = ctx.saved_tensors
+    needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    needs = [needs_x, needs_a, needs_b]
+    grads = lora_linear_backward(
+        dy, x, h, weight, lora_a, lora_b, scaling, ctx.dropout_p, seed, needs, ctx.backend, ctx.strategy
+    )
+    dx, da, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
+    return dx, None, dbias, da, db, None, None, None, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError("lora_linear: no double backward; compute second derivatives with lora_kernels.reference")
+
+
+def _autocast(device_type):
+    def run(x, weight, bias, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(f"Autocast{device_type.upper()}")):
+            return lora_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
+
+    return run
+
+
+for _name, _impl, _fake in (
+    ("lora_linear", _forward, _forward_fake),
+    ("lora_linear_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)
+torch.library.register_autograd("lora_kernels::lora_linear", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("lora_kernels::lora_linear_backward", _no_double_backward, lib=_library)
+for _device in ("cpu", "cuda"):
+    _library.impl("lora_linear", _autocast(_device), f"Autocast{_device.upper()}")

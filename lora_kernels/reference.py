@@ -1,0 +1,58 @@
+"""The specification: what every backend must compute, in plain PyTorch.
+
+`x [M,K]`, `weight [N,K]`, `lora_a [R,K]`, `lora_b [N,R]`, any dtype. Evaluated in fp64 these functions are the
+truth of the error budget; evaluated in the working dtype they are its yardstick (docs/numerics.md).
+LoRA: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+"""
+
+import torch
+from torch import Tensor
+
+PHILOX_ROUNDS = 7  # Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"): the fewest that pass BigCrush
+_WORD = 0xFFFFFFFF
+
+
+def lora_linear(x, weight, lora_a, lora_b, scaling, bias=None, keep=None, dropout_p=0.0) -> Tensor:
+    """`y [M,N] = x Wᵀ + bias + scaling (drop(x) Aᵀ) Bᵀ`, with `drop(x) = x * keep / (1 - p)`."""
+    y = x @ weight.mT
+    if bias is not None:
+        y = y + bias
+    return y + scaling * ((_drop(x, keep, dropout_p) @ lora_a.mT) @ lora_b.mT)
+
+
+def lora_linear_backward(dy, x, weight, lora_a, lora_b, scaling, keep=None, dropout_p=0.0):
+    """Gradients `(dx [M,K], da [R,K], db [N,R], dbias [N])` of `lora_linear` for `dy [M,N]`; docs/math.md derives them."""
+    x_dropped = _drop(x, keep, dropout_p)
+    g = scaling * (dy @ lora_b)
+    dx = dy @ weight + _drop(g @ lora_a, keep, dropout_p)
+    return dx, g.mT @ x_dropped, dy.mT @ (scaling * (x_dropped @ lora_a.mT)), dy.sum(0)
+
+
+def dropout_keep(seed, rows: int, cols: int, dropout_p: float, device=None) -> Tensor:
+    """The mask `keep [rows, cols]` (bool) that `seed` (int, or 0-d int64 tensor) stands for.
+
+    Philox-4x32-7 with key `seed` and counter `(row, col // 8, 0, 0)` gives four words, which are eight 16-bit lanes, one
+    for each of eight neighbouring columns, low half first. An element stays where its lane is below `keep_threshold(p)`.
+    """
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
+    zero = torch.zeros(rows, -(-cols // 8), dtype=torch.int64, device=seed.device)
+    c0 = zero + torch.arange(rows, device=seed.device)[:, None]
+    c1 = zero + torch.arange(zero.shape[1], device=seed.device)
+    c2 = c3 = zero
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2^64, which keeps both 32-bit halves
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ key0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ key1, p0 & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    words = torch.stack((c0, c1, c2, c3), dim=-1)
+    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
+    return lanes.reshape(rows, -1)[:, :cols] < keep_threshold(dropout_p)
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """How many of the 65,536 values of a 16-bit lane keep their element; p is honoured to 1/65536."""
+    return round((1.0 - dropout_p) * 65536)
+
+
+def _drop(x, keep, dropout_p):
+    return x if keep is None else torch.where(keep, x / (1.0 - dropout_p), 0.0)
