@@ -1,0 +1,56 @@
+# `make` lists the targets. Everything but `make gpu` runs in .venv, which is made on first use from requirements/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test compile gpu fuzz bench lint readme clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/demo  ## fine-tune two adapters on a real model; writes out/
+	$(BIN)/python -m lora_kernels demo
+
+test: $(VENV)/dev  ## every test that needs no GPU: the interpreter, then the cross-compiler
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not compile and not gpu"
+	$(BIN)/python -m pytest -m compile
+
+compile: $(VENV)/dev  ## the static gate alone: cross-compile every kernel and read the machine code
+	$(BIN)/python -m lora_kernels compile
+
+gpu:  ## every test on the local GPU; uses PYTHON as it is where its torch sees the GPU
+	@python=$(PYTHON); \
+	$$python -c "import sys, torch, pytest; sys.exit(not torch.cuda.is_available())" 2>/dev/null \
+	  || { $(MAKE) --no-print-directory $(VENV)/dev && python=$(BIN)/python; } || exit; \
+	set -x; PYTHONPATH=. LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile"
+
+fuzz: $(VENV)/dev  ## 2,000 random problems, forward and all gradients
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --n 2000
+
+bench: $(VENV)/dev  ## time the training step and the host cost; writes benchmarks/results/
+	$(BIN)/python -m lora_kernels bench
+
+lint: $(VENV)/dev  ## ruff, rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+readme: $(VENV)/dev  ## regenerate the README's support table
+	$(BIN)/python tests/support_table.py
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/dev: requirements/torch.txt requirements/triton.txt requirements/dev.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/torch.txt
+	$(PIP) -c requirements/torch.txt -r requirements/dev.txt
+# Last and alone: torch asks for a triton of its own, and would get it back.
+	$(PIP) --no-deps -r requirements/triton.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/demo: $(VENV)/dev requirements/demo.txt
+	$(PIP) --no-deps -r requirements/demo.txt
+	@touch $@

@@ -1,0 +1,125 @@
+"""The command line: `python -m lora_kernels info | explain | demo | bench | compile`."""
+
+import argparse
+import importlib
+import platform
+import runpy
+import sys
+from importlib import metadata
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.forwards:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments.run(arguments, rest) or 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m lora_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name, run, summary, forwards=False):
+        command = commands.add_parser(name, help=summary, description=summary, add_help=not forwards)
+        command.set_defaults(run=run, forwards=forwards)
+        return command
+
+    add("info", _info, "versions, the device, and which backends work here and why not")
+    _add_explain_arguments(add("explain", _explain, "which kernel runs a problem, why, and what it should cost"))
+    add("demo", _forward_to("demo"), "fine-tune two adapters on a real model (--help for options)", forwards=True)
+    add("bench", _bench, "time a training step and the host cost of a call (--help for options)", forwards=True)
+    add("compile", _forward_to("static_gate"), "cross-compile every kernel and check the machine code", forwards=True)
+    return parser
+
+
+def _add_explain_arguments(explain):
+    for name, meaning in (("m", "rows of x"), ("n", "output features"), ("k", "input features"), ("r", "rank")):
+        explain.add_argument(f"--{name}", type=int, required=True, help=meaning)
+    explain.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the base weight (default: bf16)")
+    explain.add_argument("--dropout", action="store_true", help="with dropout on the adapter's input")
+    explain.add_argument(
+        "--device-capability", type=int, metavar="90", help="e.g. 90 for sm_90 (default: the local device)"
+    )
+    explain.add_argument("--backend", help="ask for this backend")
+    explain.add_argument("--strategy", help="ask for this strategy")
+
+
+def _explain(arguments, _):
+    import torch
+
+    from lora_kernels import explain
+
+    try:
+        explanation = explain(
+            arguments.m,
+            arguments.n,
+            arguments.k,
+            arguments.r,
+            getattr(torch, DTYPES[arguments.dtype]),
+            capability=arguments.device_capability,
+            dropout=arguments.dropout,
+            backend=arguments.backend,
+            strategy=arguments.strategy,
+        )
+    except (ValueError, NotImplementedError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(explanation)
+
+
+def _info(*_):
+    import torch
+
+    from lora_kernels import __version__
+    from lora_kernels.backends import BACKENDS
+    from lora_kernels.dispatch import Problem
+
+    print(f"lora_kernels  {__version__}")
+    print(f"python        {platform.python_version()} ({platform.platform()})")
+    for package in ("torch", "triton", "peft", "transformers"):
+        print(f"{package:<13} {_version(package)}")
+    capability = 0
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+        print(f"device        {torch.cuda.get_device_name()}, sm_{capability}")
+    else:
+        print(f"device        CPU, {torch.get_num_threads()} threads")
+    problem = Problem(
+        4096, 4096, 4096, 16, torch.bfloat16, torch.bfloat16, False, "cuda" if capability else "cpu", capability
+    )
+    for name, backend in BACKENDS.items():
+        reasons = backend.reasons_unsupported(problem)
+        print(f"{name:<13} {'; '.join(reasons) and 'no: ' + '; '.join(reasons) or 'yes'}")
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _forward_to(module):
+    def run(_, rest):
+        return importlib.import_module(f"lora_kernels.{module}").main(rest)
+
+    return run
+
+
+def _bench(_, rest):
+    if not BENCHMARKS.is_dir():
+        print("bench: the benchmarks are not part of the installed package; run it in a checkout", file=sys.stderr)
+        return 1
+    sys.path.insert(0, str(BENCHMARKS))
+    return runpy.run_path(str(BENCHMARKS / "__main__.py"))["main"](rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
