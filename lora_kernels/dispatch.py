@@ -2,15 +2,24 @@
 
 import functools
 import os
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels.backends import BACKENDS
+from lora_kernels import configs, roofline
+from lora_kernels.backends import BACKENDS, triton
+
+# one_launch runs on request only: it has not been timed on a GPU yet, and its model has not been confirmed.
+DEFAULT_STRATEGIES = ("extended", "single_pass", "chained")
 
 
 class Problem(NamedTuple):
-    """Everything a choice may depend on; `device` is a type such as "cuda", `capability` 90 for sm_90, 0 without a GPU."""
+    """Everything a choice may depend on.
+
+    `device` is a type such as "cuda"; `capability` is 90 for sm_90, 0 without a GPU; `tma` says whether all operands lie on
+    16-byte boundaries and the device has TMA.
+    """
 
     m: int
     n: int
@@ -21,6 +30,8 @@ class Problem(NamedTuple):
     dropout: bool
     device: str
     capability: int
+    num_sms: int
+    tma: bool
 
 
 class Plan(NamedTuple):
@@ -37,12 +48,15 @@ class Plan(NamedTuple):
         return self.backend.backward(*args, self.strategy)
 
 
-def plan_for(x, weight, lora_a, dropout_p, backend=None, strategy=None) -> Plan:
-    """The plan for tensors `x [M,K]`, `weight [N,K]`, `lora_a [R,K]`."""
+def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) -> Plan:
+    """The plan for tensors `x [M,K]`, `weight [N,K]`, `lora_a [R,K]`, `lora_b [N,R]`."""
     n, k = weight.shape
+    goal = triton.target(x.device)
+    tma = triton.tma_applies(x, weight, lora_a, lora_b)
     problem = Problem(
-        x.shape[0], n, k, lora_a.shape[0], x.dtype, lora_a.dtype, dropout_p > 0.0, x.device.type, _capability(x.device)
-    )
+        x.shape[0], n, k, lora_a.shape[0], x.dtype, lora_a.dtype, dropout_p > 0.0,
+        x.device.type, goal.capability, goal.num_sms, tma,
+    )  # fmt: skip
     return choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy)
 
 
@@ -54,16 +68,125 @@ def choose(problem: Problem, backend: str | None = None, strategy: str | None = 
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    return Plan(BACKENDS["eager"], "chained", "the only strategy of the eager backend")
+    known = {name for module in BACKENDS.values() for name in module.STRATEGIES}
+    if strategy is not None and strategy not in known:
+        raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(sorted(known))}")
+    against = []
+    for name in (backend,) if backend else BACKENDS:
+        reasons = _reasons(name, strategy, problem)
+        if not reasons:
+            chosen, why = (strategy, "asked for") if strategy else _best_strategy(name, problem)
+            return Plan(BACKENDS[name], chosen, "; ".join((*against, why)))
+        against.append(f"{name}: {', '.join(reasons)}")
+    asked = " and ".join(f"{kind}={value!r}" for kind, value in (("backend", backend), ("strategy", strategy)) if value)
+    raise NotImplementedError(f"{asked} cannot run this problem: {'; '.join(against)}")
 
 
-@functools.lru_cache(maxsize=64)
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _reasons(name, strategy, problem) -> list[str]:
+    reasons = BACKENDS[name].reasons_unsupported(problem)
+    if strategy is None or reasons:
+        return reasons
+    if strategy not in BACKENDS[name].STRATEGIES:
+        return [f"no strategy {strategy!r}"]
+    return triton.strategy_reasons_unsupported(strategy, problem) if name == "triton" else []
 
 
-def explain(m: int, n: int, k: int, r: int) -> str:
-    raise NotImplementedError
+def _best_strategy(name, problem) -> tuple[str, str]:
+    if name != "triton":
+        strategy = BACKENDS[name].STRATEGIES[0]
+        return strategy, f"{name} has only {strategy}"
+    if problem.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "chained", "fp32 without tf32 has no tensor cores, and cuBLAS is best there"
+    if problem.capability >= 90 and not problem.tma:
+        return "chained", "rows are not on 16-byte boundaries, so no TMA"
+    costs = {
+        strategy: modelled_cost(strategy, problem).seconds
+        for strategy in DEFAULT_STRATEGIES
+        if not triton.strategy_reasons_unsupported(strategy, problem)
+    }
+    best = min(costs, key=costs.get)
+    return best, "modelled, not measured: " + ", ".join(f"{name} {t * 1e6:.0f} µs" for name, t in costs.items())
+
+
+def modelled_cost(strategy: str, problem: Problem) -> roofline.Cost:
+    """The roofline's bytes, flops and seconds of a forward pass under `strategy`."""
+    m, n, k, r = problem.m, problem.n, problem.k, problem.r
+    itemsize = problem.dtype.itemsize
+    block_n = 256
+    if strategy in ("single_pass", "one_launch"):
+        block_n = configs.lookup(strategy, problem.capability, itemsize, m, n, r, problem.num_sms).block_n
+    return roofline.forward_cost(strategy, m, n, k, r, itemsize, _ceilings(problem.capability), block_n)
+
+
+def _ceilings(capability):
+    table = configs.architecture(capability)
+    return roofline.Ceilings(table.FLOPS, table.BANDWIDTH)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What dispatch chose for a problem, and what the model says of every strategy; `str()` is for reading."""
+
+    problem: Problem
+    plan: Plan
+    base: roofline.Cost
+    costs: dict[str, roofline.Cost]
+    reasons: dict[str, list[str]]
+
+    def __str__(self):
+        p = self.problem
+        backend = self.plan.backend.__name__.rsplit(".", 1)[-1]
+        lines = [
+            f"y[{p.m},{p.n}] = x[{p.m},{p.k}] Wᵀ + s (x Aᵀ) Bᵀ, r = {p.r}, {p.dtype}, "
+            + (f"sm_{p.capability}, {p.num_sms} SMs" if p.capability else p.device),
+            f"runs     {backend} / {self.plan.strategy}",
+            f"because  {self.plan.why}",
+            "figures  modelled from the roofline; none of them is measured",
+            f"{'':12s} {'time':>10s} {'vs base':>8s} {'bytes':>10s} {'flops':>10s}",
+            _line("base only", self.base, self.base),
+        ]
+        for strategy, cost in self.costs.items():
+            lines.append(_line(strategy, cost, self.base) + "".join(f"  ({r})" for r in self.reasons[strategy]))
+        return "\n".join(lines)
+
+
+def _line(name, cost, base):
+    ratio = cost.seconds / base.seconds
+    return f"{name:12s} {cost.seconds * 1e6:7.1f} µs {ratio:8.3f} {cost.bytes / 1e6:7.1f} MB {cost.flops / 1e9:7.1f} GF"
+
+
+def explain(
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    capability: int | None = None,
+    dropout: bool = False,
+    backend: str | None = None,
+    strategy: str | None = None,
+) -> Explanation:
+    """Why this kernel: the choice for `x [m,k]`, `weight [n,k]`, rank r, on this GPU or on one of `capability` (90: H200).
+
+    Without a GPU, and with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a
+    backend or strategy that cannot run the problem.
+
+    >>> print(explain(8192, 4096, 4096, 16).plan.strategy)
+    extended
+    """
+    if capability is None and torch.cuda.is_available():
+        capability, num_sms, tma = triton.target(torch.device("cuda", torch.cuda.current_device()))
+    else:
+        capability = 90 if capability is None else capability
+        num_sms, tma = configs.architecture(capability).NUM_SMS, capability >= 90
+    tma = tma and not any(extent * dtype.itemsize % 16 for extent in (n, k, r))
+    problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma)
+    strategies = [s for s in triton.STRATEGIES if configs.candidates(s, capability, dtype.itemsize, m, r) or s == "chained"]
+    return Explanation(
+        problem,
+        choose(problem, backend, strategy),
+        roofline.base_cost(m, n, k, dtype.itemsize, _ceilings(capability)),
+        {s: modelled_cost(s, problem) for s in strategies},
+        {s: triton.strategy_reasons_unsupported(s, problem) for s in strategies},
+    )

@@ -37,12 +37,12 @@ def must_trace(x: Tensor) -> bool:
 
 
 def _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend=None, strategy=None):
-    plan = dispatch.plan_for(x, weight, lora_a, dropout_p, backend, strategy)
+    plan = dispatch.plan_for(x, weight, lora_a, lora_b, dropout_p, backend, strategy)
     return plan.forward(x, weight, bias, lora_a, lora_b, _host(scaling), dropout_p, seed)
 
 
 def _backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, backend=None, strategy=None):
-    plan = dispatch.plan_for(x, weight, lora_a, dropout_p, backend, strategy)
+    plan = dispatch.plan_for(x, weight, lora_a, lora_b, dropout_p, backend, strategy)
     grads = plan.backward(dy, x, h, weight, lora_a, lora_b, _host(scaling), dropout_p, seed, needs)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 

@@ -1,5 +1,5 @@
 """The backends, by name, in the order in which dispatch asks them."""
 
-from lora_kernels.backends import eager
+from lora_kernels.backends import eager, triton
 
-BACKENDS = {"eager": eager}
+BACKENDS = {"triton": triton, "eager": eager}

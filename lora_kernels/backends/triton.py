@@ -1,0 +1,448 @@
+"""The Triton backend: operands, grids and configs for the kernels, and the only place that launches them.
+
+Forward and backward share every launch. A wide operand comes as `w [K,N]`, contraction first: `weight.mT` for y, `weight`
+for dx. The narrow ones come as `a [K,R]` and `b [R,N]`: `(lora_a.mT, lora_b.mT)` for y, `(lora_b, lora_a)` for dx.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels import configs
+from lora_kernels.reference import keep_threshold
+
+STRATEGIES = ("one_launch", "extended", "single_pass", "chained")
+DY_PASS_MAX_RANK = 32  # above, the partial planes of g cost more than a second read of dy
+
+
+class Target(NamedTuple):
+    """The device as the launches see it; capability 0 is the interpreter."""
+
+    capability: int
+    num_sms: int
+    tma: bool
+
+
+@functools.lru_cache(maxsize=64)
+def target(device: torch.device) -> Target:
+    """The target for tensors on `device`."""
+    if device.type != "cuda":
+        return Target(configs.INTERPRETER, num_sms=3, tma=True)
+    major, minor = torch.cuda.get_device_capability(device)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return Target(10 * major + minor, num_sms, major >= 9 and _has_host_descriptors())
+
+
+def reasons_unsupported(problem) -> list[str]:
+    """Why this backend cannot run `problem`; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed (pip install triton)"]
+    if problem.device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return ["x is on the CPU, and Triton compiles for GPUs (TRITON_INTERPRET=1 interprets the kernels)"]
+        if torch.bfloat16 in (problem.dtype, problem.lora_dtype) and not _interpreter_is_mended():
+            return ["Triton's interpreter miscomputes bfloat16 (call lora_kernels.testing.mend_interpreter() first)"]
+        return []
+    if problem.device != "cuda":
+        return [f"x is on {problem.device}, expected cuda"]
+    if problem.capability < 80:
+        return [f"compute capability {problem.capability / 10}, expected 8.0 or newer"]
+    if problem.dtype == torch.float64:
+        return ["float64 has no Triton kernel on a GPU"]
+    return []
+
+
+def strategy_reasons_unsupported(strategy: str, problem) -> list[str]:
+    """Why `strategy` cannot run `problem`, which the backend itself can; empty if it can."""
+    reasons = []
+    if strategy in ("single_pass", "one_launch"):
+        if problem.dropout:
+            reasons.append("dropout > 0: the adapter would need a second, masked copy of every x tile")
+        if problem.r > 64:
+            reasons.append(f"rank {problem.r} > 64: h does not fit beside the accumulator")
+    if strategy == "one_launch":
+        if problem.dtype == torch.float32 and problem.device == "cuda":
+            reasons.append("float32: the table has no tile that leaves room for h")
+        if not problem.tma:
+            reasons.append("needs TMA: sm_90 or newer, and rows of x, weight, lora_a, lora_b and y on 16-byte boundaries")
+    return reasons
+
+
+def tma_applies(x, weight, lora_a, lora_b) -> bool:
+    """Whether every operand of the problem can be addressed by TMA; what is copied on the way in always can."""
+    extents = (*weight.shape, lora_a.shape[0])
+    if not target(x.device).tma or any(extent * x.element_size() % 16 for extent in extents):
+        return False
+    used_as_is = (t for t in (x, _stored(weight)[0], lora_a, lora_b) if t.dtype == x.dtype and t.stride(-1) == 1)
+    return _on_16_bytes(*used_as_is)
+
+
+def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
+    """`y [M,N]` and `h [M,R] = scaling drop(x) Aᵀ`, both in x's dtype."""
+    m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
+    if m == 0:
+        return x.new_empty(0, n), x.new_empty(0, r)
+    x, a, b, w = _row_major(x), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT, weight.mT
+    with _on(x.device):
+        if strategy == "single_pass":
+            return _single_pass(x, w, a, b, bias, scaling)
+        if strategy == "one_launch":
+            return _one_launch(x, w, a, b, bias, scaling)
+        h = _shrink(x, a, scaling, dropout_p, seed)
+        if strategy == "extended":
+            return _extended(x, w, h, b, bias), h
+        y = h.mm(b) if bias is None else torch.addmm(bias, h, b)
+        return y.addmm_(x, w), h
+
+
+def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):
+    """`(dx [M,K], da [R,K], db [N,R])`, None where `needs` says so; da and db in lora_a's dtype."""
+    needs_x, needs_a, needs_b = needs
+    m, k = dy.shape[0], weight.shape[1]
+    if m == 0:
+        zeros = (dy.new_empty(0, k), torch.zeros_like(lora_a), torch.zeros_like(lora_b))
+        return tuple(grad if need else None for grad, need in zip(zeros, needs, strict=True))
+    dy, a, b = _row_major(dy), lora_b.to(dy.dtype), lora_a.to(dy.dtype)
+    dx = da = db = g = None
+    with _on(dy.device):
+        if needs_x and strategy == "one_launch":
+            dx, g = _one_launch(dy if _on_16_bytes(dy) else dy.clone(), weight, a, b, None, scaling)
+        elif needs_b and (needs_x or needs_a) and lora_a.shape[0] <= DY_PASS_MAX_RANK:
+            g, db = _dy_pass(dy, a, h, scaling, lora_b.dtype)
+        elif needs_x or needs_a:
+            g = _shrink(dy, a, scaling)
+        if needs_b and db is None:
+            db = _wgrad(dy, h, torch.empty_like(lora_b, memory_format=torch.contiguous_format))
+        if needs_x and dx is None:
+            if strategy == "chained":
+                dx = _drop_in_place(g.mm(b), dropout_p, seed).addmm_(dy, weight)
+            else:
+                dx = _extended(dy, weight, g, b, None, dropout_p, seed)
+        if needs_a:
+            da = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
+            _wgrad(_row_major(x), g, da.mT, dropout_p, seed)
+    return dx, da, db
+
+
+def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
+    m, k = x.shape
+    r, n = b.shape
+    y = x.new_empty(m, n)
+    goal = target(x.device)
+    config = _config("extended", x, n, r)
+    w, kn = _stored(w)
+    tma = goal.tma and _on_16_bytes(x, w, y)
+    block_r = _block_r(r, cap=64)
+    operands = (_operand(x, (config.block_m, config.block_k), tma), _weight_operand(w, kn, config, tma))
+    out = _operand(y, (config.block_m, config.block_n // (2 if config.halves else 1)), tma)
+    threshold, keep_scale = _dropout(dropout_p)
+    args = (*operands, h, b, bias, out, seed, threshold, keep_scale, m, n, k, r,
+            x.stride(0), w.stride(0), *b.stride(), y.stride(0))  # fmt: skip
+    constants = dict(
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
+        RANK_BLOCKS=_cdiv(r, block_r), GROUP_M=config.group_m, HALVES=config.halves, KN=kn, DROPOUT=dropout_p > 0.0,
+        HAS_BIAS=bias is not None, **_arithmetic(x), TMA=tma,
+    )  # fmt: skip
+    tiles = _cdiv(m, config.block_m) * _cdiv(n, config.block_n)
+    launch(_kernels().gemm.extended_kernel, (min(tiles, goal.num_sms), 1, 1), args, constants, config)
+    return y
+
+
+def _single_pass(x, w, a, b, bias, scaling):
+    m, k = x.shape
+    r, n = b.shape
+    y, h = x.new_empty(m, n), x.new_empty(m, r)
+    config = _config("single_pass", x, n, r)
+    w, kn = _stored(w)
+    a = _row_major(a.mT)
+    tma = target(x.device).tma and _on_16_bytes(x, w, y, a)
+    block_r = _block_r(r)
+    scaling, on_device = _scaling(scaling, x)
+    args = (
+        _operand(x, (config.block_m, config.block_k), tma), _weight_operand(w, kn, config, tma),
+        _operand(a, (block_r, config.block_k), tma), b, bias,
+        _operand(y, (config.block_m, config.block_n // (2 if config.halves else 1)), tma),
+        h, scaling, m, n, k, r, x.stride(0), w.stride(0), a.stride(0), *b.stride(), y.stride(0),
+    )  # fmt: skip
+    constants = dict(
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
+        HALVES=config.halves, KN=kn, HAS_BIAS=bias is not None, SCALING_ON_DEVICE=on_device, **_arithmetic(x), TMA=tma,
+    )  # fmt: skip
+    tiles = _cdiv(m, config.block_m) * _cdiv(n, config.block_n)
+    launch(_kernels().gemm.single_pass_kernel, (tiles, 1, 1), args, constants, config)
+    return y, h
+
+
+def _one_launch(x, w, a, b, bias, scaling):
+    m, k = x.shape
+    r, n = b.shape
+    y, h = x.new_empty(m, n), x.new_empty(m, r)
+    goal = target(x.device)
+    config = _config("one_launch", x, n, r)
+    (w, kn), (a, a_kr) = _stored(w), _stored(a)
+    block_r = _block_r(r)
+    scaling, on_device = _scaling(scaling, x)
+    tiles_m = _cdiv(m, config.block_m)
+    tiles = tiles_m * _cdiv(n, config.block_n)
+    counters = _counters(x.device, tiles_m + 1)
+    args = (
+        _operand(x, (config.block_m, config.block_k)), _weight_operand(w, kn, config),
+        _operand(a, (config.block_k, block_r) if a_kr else (block_r, config.block_k)), b, bias,
+        _operand(y, (config.block_m, config.block_n // (2 if config.halves else 1))),
+        h, counters[1:], counters, scaling, m, n, k, r, *b.stride(),
+    )  # fmt: skip
+    constants = dict(
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
+        HALVES=config.halves, KN=kn, A_KR=a_kr, HAS_BIAS=bias is not None, SCALING_ON_DEVICE=on_device, **_arithmetic(x),
+        STAGES=config.num_stages, SHRINK_STAGES=config.num_stages - 1,
+    )  # fmt: skip
+    launch(_kernels().gemm.one_launch_kernel, (min(tiles, goal.num_sms), 1, 1), args, constants, config)
+    return y, h
+
+
+def _shrink(x, a, scaling, dropout_p=0.0, seed=None):
+    m, k = x.shape
+    r = a.shape[1]
+    h = x.new_empty(m, r)
+    goal = target(x.device)
+    config = _config("shrink", x, r, r)
+    block_r = _block_r(r, cap=128)
+    programs = _cdiv(m, config.block_m) * _cdiv(r, block_r)
+    split = max(1, min(goal.num_sms // programs, _cdiv(k, config.block_k), 16))
+    tma = goal.tma and _on_16_bytes(x)
+    scaling, on_device = _scaling(scaling, x)
+    threshold, keep_scale = _dropout(dropout_p)
+    out = h if split == 1 else x.new_empty(split, m, r, dtype=_accumulator(x))
+    args = (_operand(x, (config.block_m, config.block_k), tma), a, out, seed, scaling, threshold, keep_scale,
+            m, k, r, x.stride(0), a.stride(1), a.stride(0))  # fmt: skip
+    constants = dict(
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r, SPLIT=split, DROPOUT=dropout_p > 0.0,
+        SCALING_ON_DEVICE=on_device, **_arithmetic(x), TMA=tma,
+    )  # fmt: skip
+    grid = (_cdiv(m, config.block_m), _cdiv(r, block_r), split)
+    launch(_kernels().shrink.shrink_kernel, grid, args, constants, config)
+    return h if split == 1 else _sum_planes(out, h, scaling)
+
+
+def _dy_pass(dy, b, h, scaling, dtype):
+    m, n = dy.shape
+    r = b.shape[1]
+    goal = target(dy.device)
+    config = _config("dy_pass", dy, n, r)
+    blocks = _cdiv(n, config.block_n)
+    chunk, parts = _chunks(m, config.block_m, goal.num_sms // blocks)
+    g, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=dtype)
+    g_planes = dy.new_empty(blocks, m, r, dtype=_accumulator(dy))
+    db_planes = dy.new_empty(parts, n, r, dtype=_accumulator(dy))
+    tma = goal.tma and _on_16_bytes(dy)
+    args = (_operand(dy, (config.block_m, config.block_n), tma), b, h, g_planes, db_planes, m, n, r, chunk,
+            dy.stride(0), *b.stride())  # fmt: skip
+    constants = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=_block_r(r), **_arithmetic(dy), TMA=tma)
+    launch(_kernels().wgrad.dy_pass_kernel, (blocks, parts, 1), args, constants, config)
+    return _sum_planes(g_planes, g, scaling), _sum_planes(db_planes, db)
+
+
+def _wgrad(wide, narrow, out, dropout_p=0.0, seed=None):
+    """`out [C,R] = drop(wide)ᵀ narrow`; out is dense, in either order."""
+    m, c = wide.shape
+    r = narrow.shape[1]
+    goal = target(wide.device)
+    config = _config("wgrad", wide, c, r)
+    block_r = _block_r(r, cap=128)
+    blocks = _cdiv(c, config.block_n) * _cdiv(r, block_r)
+    chunk, parts = _chunks(m, config.block_m, 2 * goal.num_sms // blocks)
+    planes = out
+    if parts > 1:
+        planes = torch.empty_strided(
+            (parts, c, r), (c * r, *out.stride()), dtype=_accumulator(wide), device=wide.device
+        )
+    tma = goal.tma and _on_16_bytes(wide)
+    threshold, keep_scale = _dropout(dropout_p)
+    args = (_operand(wide, (config.block_m, config.block_n), tma), narrow, planes, seed, threshold, keep_scale,
+            m, c, r, chunk, wide.stride(0), *planes.stride()[-2:])  # fmt: skip
+    constants = dict(
+        BLOCK_M=config.block_m, BLOCK_C=config.block_n, BLOCK_R=block_r, DROPOUT=dropout_p > 0.0, **_arithmetic(wide), TMA=tma
+    )
+    grid = (_cdiv(c, config.block_n), _cdiv(r, block_r), parts)
+    launch(_kernels().wgrad.wgrad_kernel, grid, args, constants, config)
+    return out if parts == 1 else _sum_planes(planes, out)
+
+
+def _sum_planes(planes, out, scaling=1.0):
+    """Write `scaling Σ planes [P, ...]` into `out`, whose memory is laid out as each plane's."""
+    scaling, on_device = _scaling(scaling, planes)
+    constants = dict(BLOCK=1024, SCALING_ON_DEVICE=on_device, ACC=_arithmetic(planes)["ACC"])
+    args = (planes, out, scaling, out.numel(), planes.shape[0])
+    grid = (_cdiv(out.numel(), 1024), 1, 1)
+    launch(_kernels().shrink.sum_planes_kernel, grid, args, constants, configs.Config(block_m=1024))
+    return out
+
+
+def _drop_in_place(x, dropout_p, seed):
+    if dropout_p == 0.0:
+        return x
+    m, k = x.shape
+    constants = dict(BLOCK_M=16, BLOCK_K=256, ACC=_arithmetic(x)["ACC"])
+    args = (x, seed, *_dropout(dropout_p), m, k)
+    launch(_kernels().shrink.drop_kernel, (_cdiv(m, 16), _cdiv(k, 256), 1), args, constants, configs.Config(block_m=16))
+    return x
+
+
+_compiled = {}
+
+
+def launch(kernel, grid, args: tuple, constants: dict, config) -> None:
+    """Run `kernel` on the current device and stream; `constants` are its constexprs, in its own order.
+
+    After the first launch of a specialisation the compiled kernel is called directly: Triton's own argument binding
+    costs several times as much.
+    """
+    if interpreting():
+        kernel[grid](*args, **constants)
+        return
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    key = (kernel, device, config, *constants.values(), *map(_specialization, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+    else:
+        compiled[grid](*args, *constants.values())
+
+
+def _specialization(arg):
+    """What Triton compiles differently for, and nothing else."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, arg >= 2**31
+    if arg is None or isinstance(arg, float):
+        return type(arg)
+    return arg.base.dtype, *arg.block_shape
+
+
+def reset() -> None:
+    """Forget the counters of `one_launch`; call it after a launch was aborted, since they must start at zero."""
+    _counters_of.clear()
+
+
+_counters_of = {}
+
+
+def _counters(device, size):
+    """Zeroed int32 counters that every launch leaves at zero; one set per stream, since launches on one follow each other."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    counters = _counters_of.get((device, stream))
+    if counters is None or counters.numel() < size:
+        counters = _counters_of[device, stream] = torch.zeros(max(size, 1024), dtype=torch.int32, device=device)
+    return counters
+
+
+@functools.cache
+def _kernels():
+    from lora_kernels.kernels import gemm, shrink, wgrad
+
+    return SimpleNamespace(gemm=gemm, shrink=shrink, wgrad=wgrad)
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether the kernels were decorated under TRITON_INTERPRET=1."""
+    return type(_kernels().gemm.extended_kernel).__name__ == "InterpretedFunction"
+
+
+def _interpreter_is_mended() -> bool:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return getattr(InterpreterBuilder, "_lora_kernels_mended", False)
+
+
+@functools.cache
+def _has_host_descriptors() -> bool:
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
+def _on(device):
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _config(kernel, x, n, r):
+    goal = target(x.device)
+    return _lookup(kernel, goal.capability, x.element_size(), x.shape[0], n, r, goal.num_sms)
+
+
+_lookup = functools.lru_cache(maxsize=4096)(configs.lookup)
+
+
+def _arithmetic(x):
+    import triton.language as tl
+
+    if x.dtype == torch.float64:
+        return dict(ACC=tl.float64, PRECISION="ieee")
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return dict(ACC=tl.float32, PRECISION="tf32" if tf32 else "ieee")
+
+
+def _accumulator(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _dropout(dropout_p):
+    return (keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p > 0.0 else (0, 1.0)
+
+
+def _scaling(scaling, x):
+    """Scaling as a kernel argument, and whether that is a pointer: a GPU tensor is never read on the host."""
+    if isinstance(scaling, Tensor) and scaling.device == x.device:
+        return scaling, True
+    return float(scaling), False
+
+
+def _stored(w):
+    """A matrix `w [K,N]` as it lies in memory, row-major, and whether that is `[K,N]` rather than `[N,K]`."""
+    return (w.mT, False) if w.stride(0) == 1 else (_row_major(w), True)
+
+
+def _row_major(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _on_16_bytes(*matrices) -> bool:
+    """Whether TMA can address row-major `matrices`: base and row stride on 16-byte boundaries, no overlapping rows."""
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1] for t in matrices
+    )
+
+
+def _operand(matrix, block, tma=True):
+    if not tma:
+        return matrix
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], list(block))
+
+
+def _weight_operand(w, kn, config, tma=True):
+    block = (config.block_k, config.block_n) if kn else (config.block_n, config.block_k)
+    return _operand(w, block, tma)
+
+
+def _block_r(r, cap=64):
+    return max(16, 1 << (min(r, cap) - 1).bit_length())
+
+
+def _chunks(m, block_m, parts):
+    """Rows per partial sum, a multiple of `block_m`, and how many partial sums that makes, at most about `parts`."""
+    chunk = block_m * _cdiv(_cdiv(m, max(parts, 1)), block_m)
+    return chunk, _cdiv(m, chunk)
+
+
+def _cdiv(a, b):
+    return -(-a // b)

@@ -1,0 +1,19 @@
+"""Triton's interpreter: tiles small enough that toy problems have several of everything."""
+
+from lora_kernels.configs import Config, Row
+
+NUM_SMS = 3
+FLOPS, BANDWIDTH = 1e9, 1e9  # placeholders: nothing is timed in the interpreter
+
+ROWS = tuple(
+    Row(kernel, config, itemsize)
+    for itemsize in (2, 4, 8)
+    for kernel, config in (
+        ("shrink", Config(32, block_k=32)),
+        ("extended", Config(32, 32, 32, group_m=2, halves=True)),
+        ("single_pass", Config(32, 32, 32, group_m=2)),
+        ("one_launch", Config(32, 32, 32, group_m=2, halves=True, num_stages=2)),
+        ("dy_pass", Config(16, 32)),
+        ("wgrad", Config(16, 32)),
+    )
+)

@@ -1,0 +1,59 @@
+"""Modelled cost of the forward strategies: bytes, flops and time, from two ceilings. A model, never a measurement.
+
+Each kernel takes as long as the larger of its bytes over the bandwidth and its flops over the peak; docs/kernels.md derives the terms.
+"""
+
+from typing import NamedTuple
+
+MMA_RANK = 16  # the narrowest MMA: a smaller rank costs as much
+LAUNCH = 2e-6  # seconds between two dependent kernels
+
+
+class Cost(NamedTuple):
+    """What a strategy moves and computes, in bytes, flops and seconds."""
+
+    bytes: float
+    flops: float
+    seconds: float
+
+
+class Ceilings(NamedTuple):
+    """A device's attainable rates, in flop/s (half precision) and bytes/s."""
+
+    flops: float
+    bandwidth: float
+
+
+def base_cost(m, n, k, itemsize, ceilings) -> Cost:
+    """The frozen layer alone, `y [m,n] = x [m,k] Wᵀ`."""
+    return _kernel(ceilings, itemsize * (m * k + n * k + m * n), 2 * m * n * k)
+
+
+def forward_cost(strategy, m, n, k, r, itemsize, ceilings, block_n=256) -> Cost:
+    """The layer with its LoRA term under `strategy`; `block_n` is the width of the GEMM's tile."""
+    rank = max(r, MMA_RANK)
+    expand_flops = 2 * m * n * rank
+    shrink = _kernel(ceilings, itemsize * (m * k + r * k + m * r), 2 * m * k * rank)
+    gemm_bytes = itemsize * (m * k + n * k + m * n)
+    lora_bytes = itemsize * (m * r + n * r)
+    if strategy == "extended":
+        return _add(shrink, _kernel(ceilings, gemm_bytes + lora_bytes, 2 * m * n * k + expand_flops))
+    if strategy == "chained":
+        expand = _kernel(ceilings, lora_bytes + itemsize * m * n, expand_flops)
+        return _add(shrink, expand, _kernel(ceilings, gemm_bytes + itemsize * m * n, 2 * m * n * k))
+    columns = -(-n // block_n)
+    if strategy == "single_pass":
+        shrink_flops = 2 * m * k * rank * columns  # every tile of a row recomputes h
+        return _kernel(ceilings, gemm_bytes + lora_bytes, 2 * m * n * k + shrink_flops + expand_flops)
+    if strategy == "one_launch":
+        ride = max(0.2, rank / 256) * 2 * m * k * min(block_n, n)  # a narrow MMA is bound by shared memory
+        return _kernel(ceilings, gemm_bytes + lora_bytes, 2 * m * n * k + ride + expand_flops)
+    raise ValueError(f"strategy: got {strategy!r}, expected extended, chained, single_pass or one_launch")
+
+
+def _kernel(ceilings, moved, flops):
+    return Cost(moved, flops, max(moved / ceilings.bandwidth, flops / ceilings.flops) + LAUNCH)
+
+
+def _add(*costs):
+    return Cost(*map(sum, zip(*costs, strict=True)))
