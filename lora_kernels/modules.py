@@ -1,1 +1,295 @@
-LoRALinear = apply_lora = trainable_parameters = None
+"""LoRALinear, and how it gets into a model: names and semantics are PEFT's."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import functional
+
+
+class LoRALinear(nn.Module):
+    """A frozen `nn.Linear` and its LoRA update in one operation: `y = x Wᵀ + bias + scaling (drop(x) Aᵀ) Bᵀ`.
+
+    weight, bias    `[out_features, in_features]` and `[out_features]`, frozen; `bias.requires_grad_()` trains the bias
+    lora_A, lora_B  `nn.Linear` without bias: weights `[r, in_features]` (Kaiming-uniform), `[out_features, r]` (zero)
+    lora_alpha      `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`
+    lora_dropout    in [0, 1), on the adapter's input, in training mode only
+    lora_dtype      of lora_A and lora_B; None is the weight's dtype, or fp32 for a 16-bit weight: at 16 bits most
+                    optimiser steps are smaller than half an ulp of what they should change, and are lost
+
+    x is `[..., in_features]` in the weight's dtype. The state dict holds `weight`, `bias`, `lora_A.weight` and
+    `lora_B.weight`, merged or not.
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+
+    >>> layer = LoRALinear(64, 32, r=8, lora_alpha=16)
+    >>> layer(torch.randn(2, 5, 64)).shape
+    torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        lora_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        base = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._adopt(base, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """The layer over `linear`'s own parameters: shared, not copied, and frozen from now on."""
+        _check_linear("linear", linear)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+        return layer.train(linear.training)
+
+    def _adopt(self, linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype):
+        check_adapter(r, lora_alpha, lora_dropout)
+        self.in_features, self.out_features, self.r = linear.in_features, linear.out_features, r
+        self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        for parameter in linear.parameters():
+            parameter.requires_grad_(False)
+        weight = self.weight
+        where = {"device": weight.device, "dtype": lora_dtype or torch.promote_types(weight.dtype, torch.float32)}
+        self.lora_A = nn.Linear(self.in_features, r, bias=False, **where)
+        self.lora_B = nn.Linear(r, self.out_features, bias=False, **where)
+        nn.init.zeros_(self.lora_B.weight)
+        self.register_buffer("merged_weight", None, persistent=False)
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def merged(self) -> bool:
+        return self.merged_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return nn.functional.linear(x, self.merged_weight, self.bias)
+        return functional.lora_linear(
+            x,
+            self.weight,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self.scaling,
+            bias=self.bias,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Run the plain base layer on `weight + scaling B A`, computed in fp32 (or better) and rounded once.
+
+        `weight` itself stays as it is, so that unmerging is exact and a tied weight is not changed elsewhere; this
+        costs the memory of one more weight while merged. A merged adapter gets no gradients.
+        Raises RuntimeError if merged already, ValueError if the sum is not finite or lora_A or lora_B alias `weight`.
+        """
+        if self.merged:
+            raise RuntimeError("merge: the adapter is merged already; call unmerge() first to merge its present values")
+        storage = self.weight.untyped_storage().data_ptr()
+        for name, parameter in (("lora_A", self.lora_A.weight), ("lora_B", self.lora_B.weight)):
+            if parameter.untyped_storage().data_ptr() == storage:
+                raise ValueError(f"merge: {name}.weight shares its storage with weight; give {name} its own tensor")
+        compute = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, a, b = (tensor.to(compute) for tensor in (self.weight, self.lora_A.weight, self.lora_B.weight))
+        merged = torch.addmm(weight, b, a, alpha=self.scaling).to(self.weight.dtype)
+        if not merged.isfinite().all():
+            raise ValueError(
+                f"merge: weight + scaling B A holds NaN or Inf in {merged.dtype}; nothing was changed. "
+                "Look for them in weight, lora_A.weight and lora_B.weight"
+            )
+        self.merged_weight = merged
+
+    def unmerge(self) -> None:
+        """Run base and adapter again, on the very bits from before `merge`. Raises RuntimeError if not merged."""
+        if not self.merged:
+            raise RuntimeError("unmerge: the adapter is not merged; call merge() first")
+        self.merged_weight = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
+            f"use_rslora={self.use_rslora}, merged={self.merged}"
+        )
+
+
+class TrainableParameters(NamedTuple):
+    """What an optimiser gets (`parameters`), and how much of the model that is."""
+
+    parameters: list[nn.Parameter]
+    count: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.count / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.count:,} of {self.total:,} parameters train ({self.share:.2%})"
+
+    __repr__ = __str__
+
+
+def apply_lora(
+    model: nn.Module,
+    target_modules: str | Iterable[str] = "all-linear",
+    r: int = 8,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    lora_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Replace the targeted `nn.Linear` of `model` by `LoRALinear`, in place, and freeze everything but the adapters.
+
+    target_modules  a list of names, each matching the module of that name and those ending in `.name`; a str is a
+                    regular expression for the whole name; "all-linear" is every `nn.Linear` but the output head
+                    (`model.get_output_embeddings()`, where there is such a method)
+
+    Returns `model`. Adapters that were there before keep training. Raises, before anything is changed, ValueError if a
+    name matches nothing or a layer has an adapter already, TypeError if what matches is not a plain `nn.Linear`.
+
+    >>> model = apply_lora(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), ["0"], r=2)
+    >>> print(trainable_parameters(model))
+    32 of 122 parameters train (26.23%)
+    """
+    check_adapter(r, lora_alpha, lora_dropout)
+    for linear in _find_targets(model, target_modules):
+        replace_linear(model, linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+    freeze_base(model)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """The parameters of `model` that require grad, their count and the model's; tied ones count once.
+
+    >>> layer = LoRALinear(64, 64, r=8)
+    >>> optimizer = torch.optim.AdamW(trainable_parameters(layer).parameters, lr=1e-3)
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return TrainableParameters(parameters, sum(parameter.numel() for parameter in parameters), total)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers of `model` by name; one held under two names appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def linears_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All `nn.Linear` (no subclass) and LoRALinear of `model` under all their names, without the adapters' own."""
+    return {
+        name: module
+        for name, module in _modules(model).items()
+        if type(module) is nn.Linear or isinstance(module, LoRALinear)
+    }
+
+
+def replace_linear(model: nn.Module, linear: nn.Linear, *args) -> LoRALinear:
+    """Put `LoRALinear.from_linear(linear, *args)` wherever `model` holds `linear`, and return it."""
+    layer = LoRALinear.from_linear(linear, *args)
+    for name, module in _modules(model).items():
+        if module is linear:
+            model.set_submodule(name, layer)
+    return layer
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze all of `model` but its adapters."""
+    model.requires_grad_(False)
+    for layer in lora_layers(model).values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+
+
+def name_matches(name: str, targets: Iterable[str]) -> bool:
+    """Whether one of `targets` is `name`, or its end after a dot."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def check_adapter(r, lora_alpha, lora_dropout) -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: got {type(r).__name__}, expected an int from 1 to {functional.MAX_RANK}")
+    if not 1 <= r <= functional.MAX_RANK:
+        raise ValueError(f"r: got {r}, expected an int from 1 to {functional.MAX_RANK}")
+    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if not (math.isfinite(lora_alpha) and lora_alpha >= 0):
+        raise ValueError(f"lora_alpha: got {lora_alpha}, expected a finite number >= 0")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout: got {lora_dropout}, expected a number in [0, 1)")
+
+
+def _check_linear(name, module):
+    # A subclass has its own forward or weight: a quantised layer, or one whose owner reads the weight directly.
+    if type(module) is not nn.Linear:
+        raise TypeError(f"{name}: got {type(module).__name__}, expected an nn.Linear (not a subclass)")
+
+
+def _modules(model) -> dict[str, nn.Module]:
+    """All modules under all their names, without the model itself and the adapters' own lora_A and lora_B."""
+    own = {part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)}
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if name and module not in own}
+
+
+def _find_targets(model, target_modules) -> list[nn.Linear]:
+    modules = _modules(model)
+    if target_modules == "all-linear":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        found = {name for name, module in modules.items() if type(module) is nn.Linear and module is not head}
+        missing = [] if found else ["all-linear"]
+    elif isinstance(target_modules, str):
+        found = {name for name in modules if re.fullmatch(target_modules, name)}
+        missing = [] if found else [target_modules]
+    else:
+        target_modules = list(target_modules)
+        found = {name for name in modules if name_matches(name, target_modules)}
+        missing = [target for target in target_modules if not any(name_matches(name, [target]) for name in found)]
+        if not target_modules:
+            raise ValueError("target_modules: got an empty list, expected names of nn.Linear layers")
+
+    if missing:
+        raise ValueError(f"target_modules: {missing} match no layer of the model; {_suggest(missing, modules)}")
+    for name in sorted(found):
+        if isinstance(modules[name], LoRALinear):
+            raise ValueError(f"target_modules: {name} has an adapter already, expected a plain nn.Linear")
+        _check_linear(f"target_modules: {name}", modules[name])
+    return list(dict.fromkeys(modules[name] for name in modules if name in found))
+
+
+def _suggest(missing, modules) -> str:
+    linears = [name for name, module in modules.items() if type(module) is nn.Linear]
+    known = dict.fromkeys([name.rpartition(".")[2] for name in linears] + linears)
+    close = [match for name in missing for match in difflib.get_close_matches(name, known, n=3)]
+    if close:
+        return f"did you mean {', '.join(dict.fromkeys(close))}?"
+    if known:
+        return f"its nn.Linear layers are called {', '.join(list(known)[:8])}"
+    return "it holds no nn.Linear (for a single layer use LoRALinear.from_linear)"
