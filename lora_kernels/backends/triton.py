@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import configs
+from lora_kernels.backends.launcher import counters, launch
 from lora_kernels.reference import keep_threshold
 
 STRATEGIES = ("one_launch", "extended", "single_pass", "chained")
@@ -135,7 +136,7 @@ def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
     r, n = b.shape
     y = x.new_empty(m, n)
     goal = target(x.device)
-    config = _config("extended", x, n, r)
+    config = _config("extended", x, n, r, dropout_p)
     w, kn = _stored(w)
     tma = goal.tma and _on_16_bytes(x, w, y)
     block_r = _block_r(r, cap=64)
@@ -190,12 +191,12 @@ def _one_launch(x, w, a, b, bias, scaling):
     scaling, on_device = _scaling(scaling, x)
     tiles_m = _cdiv(m, config.block_m)
     tiles = tiles_m * _cdiv(n, config.block_n)
-    counters = _counters(x.device, tiles_m + 1)
+    ticket_and_flags = counters(x.device, tiles_m + 1)
     args = (
         _operand(x, (config.block_m, config.block_k)), _weight_operand(w, kn, config),
         _operand(a, (config.block_k, block_r) if a_kr else (block_r, config.block_k)), b, bias,
         _operand(y, (config.block_m, config.block_n // (2 if config.halves else 1))),
-        h, counters[1:], counters, scaling, m, n, k, r, *b.stride(),
+        h, ticket_and_flags[1:], ticket_and_flags, scaling, m, n, k, r, *b.stride(),
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
@@ -294,66 +295,11 @@ def _drop_in_place(x, dropout_p, seed):
     return x
 
 
-_compiled = {}
-
-
-def launch(kernel, grid, args: tuple, constants: dict, config) -> None:
-    """Run `kernel` on the current device and stream; `constants` are its constexprs, in its own order.
-
-    After the first launch of a specialisation the compiled kernel is called directly: Triton's own argument binding
-    costs several times as much.
-    """
-    if interpreting():
-        kernel[grid](*args, **constants)
-        return
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    key = (kernel, device, config, *constants.values(), *map(_specialization, args))
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
-    else:
-        compiled[grid](*args, *constants.values())
-
-
-def _specialization(arg):
-    """What Triton compiles differently for, and nothing else."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, arg >= 2**31
-    if arg is None or isinstance(arg, float):
-        return type(arg)
-    return arg.base.dtype, *arg.block_shape
-
-
-def reset() -> None:
-    """Forget the counters of `one_launch`; call it after a launch was aborted, since they must start at zero."""
-    _counters_of.clear()
-
-
-_counters_of = {}
-
-
-def _counters(device, size):
-    """Zeroed int32 counters that every launch leaves at zero; one set per stream, since launches on one follow each other."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    counters = _counters_of.get((device, stream))
-    if counters is None or counters.numel() < size:
-        counters = _counters_of[device, stream] = torch.zeros(max(size, 1024), dtype=torch.int32, device=device)
-    return counters
-
-
 @functools.cache
 def _kernels():
     from lora_kernels.kernels import gemm, shrink, wgrad
 
     return SimpleNamespace(gemm=gemm, shrink=shrink, wgrad=wgrad)
-
-
-@functools.cache
-def interpreting() -> bool:
-    """Whether the kernels were decorated under TRITON_INTERPRET=1."""
-    return type(_kernels().gemm.extended_kernel).__name__ == "InterpretedFunction"
 
 
 def _interpreter_is_mended() -> bool:
@@ -373,9 +319,9 @@ def _on(device):
     return torch.cuda.device(device)
 
 
-def _config(kernel, x, n, r):
+def _config(kernel, x, n, r, dropout_p=0.0):
     goal = target(x.device)
-    return _lookup(kernel, goal.capability, x.element_size(), x.shape[0], n, r, goal.num_sms)
+    return _lookup(kernel, goal.capability, x.element_size(), x.shape[0], n, r, goal.num_sms, dropout_p > 0.0)
 
 
 _lookup = functools.lru_cache(maxsize=4096)(configs.lookup)

@@ -31,13 +31,17 @@ class Config:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: `kernel` for `itemsize`-byte elements and ranks up to `max_rank`; `efficiency` is modelled."""
+    """One line of a table: `kernel` for `itemsize`-byte elements and ranks up to `max_rank`; `efficiency` is modelled.
+
+    `dropout=False` marks a tile that would spill registers with a dropout mask in its epilogue.
+    """
 
     kernel: str
     config: Config
     itemsize: int = 2
     max_rank: int = 512
     max_m: int = 2**31
+    dropout: bool = True
     efficiency: float = 1.0
 
 
@@ -47,18 +51,22 @@ def architecture(capability: int):
     return importlib.import_module(f"lora_kernels.configs.sm{known}" if known else "lora_kernels.configs.interpreter")
 
 
-def candidates(kernel: str, capability: int, itemsize: int, m: int, r: int) -> list[Row]:
+def candidates(kernel: str, capability: int, itemsize: int, m: int, r: int, dropout: bool = False) -> list[Row]:
     """Every row that is legal for the problem, in the order of the table."""
     return [
         row
         for row in architecture(capability).ROWS
-        if row.kernel == kernel and row.itemsize == itemsize and r <= row.max_rank and m <= row.max_m
+        if row.kernel == kernel
+        and row.itemsize == itemsize
+        and r <= row.max_rank
+        and m <= row.max_m
+        and (row.dropout or not dropout)
     ]
 
 
-def lookup(kernel: str, capability: int, itemsize: int, m: int, n: int, r: int, num_sms: int) -> Config:
+def lookup(kernel, capability, itemsize, m: int, n: int, r: int, num_sms: int, dropout: bool = False) -> Config:
     """The config for `kernel` on `[m, n]` outputs with rank `r`; raises LookupError if the table has no row for it."""
-    rows = candidates(kernel, capability, itemsize, m, r)
+    rows = candidates(kernel, capability, itemsize, m, r, dropout)
     if not rows:
         raise LookupError(f"no {kernel} row for capability {capability}, {itemsize}-byte elements, m={m}, r={r}")
     return min(rows, key=lambda row: _waves_cost(row, m, n, num_sms)).config

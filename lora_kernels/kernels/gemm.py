@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from lora_kernels.kernels.tile import (
-    column_halves,
     drop,
     grouped_tile,
     load_rows,
@@ -38,43 +37,13 @@ def extended_kernel(
             x_tile = load_tile(x, m, i * BLOCK_K, M, K, stride_xm, BLOCK_M, BLOCK_K, TMA)
             w_tile = load_weight(w, n, i * BLOCK_K, N, K, stride_w, BLOCK_N, BLOCK_K, KN, TMA)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
-        if not DROPOUT:
-            acc = lora_term(
-                acc, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION
-            )
-        if HALVES:
-            HALF_N: tl.constexpr = BLOCK_N // 2
-            left, right = column_halves(acc, BLOCK_M, BLOCK_N)
-            if DROPOUT:
-                left += _dropped_lora_term(
-                    h, b, seed, threshold, keep_scale, m, n, M, N, R, stride_br, stride_bn,
-                    BLOCK_M, HALF_N, BLOCK_R, RANK_BLOCKS, ACC, PRECISION,
-                )  # fmt: skip
-            store_tile(y, left, bias, m, n, M, N, stride_ym, BLOCK_M, HALF_N, HAS_BIAS, TMA)
-            if DROPOUT:
-                right += _dropped_lora_term(
-                    h, b, seed, threshold, keep_scale, m, n + HALF_N, M, N, R, stride_br, stride_bn,
-                    BLOCK_M, HALF_N, BLOCK_R, RANK_BLOCKS, ACC, PRECISION,
-                )  # fmt: skip
-            store_tile(y, right, bias, m, n + HALF_N, M, N, stride_ym, BLOCK_M, HALF_N, HAS_BIAS, TMA)
+        if DROPOUT:
+            zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+            term = lora_term(zero, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION)
+            acc += drop(term, seed, m, n, threshold, BLOCK_M, BLOCK_N) * keep_scale
         else:
-            if DROPOUT:
-                acc += _dropped_lora_term(
-                    h, b, seed, threshold, keep_scale, m, n, M, N, R, stride_br, stride_bn,
-                    BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, ACC, PRECISION,
-                )  # fmt: skip
-            store_tile(y, acc, bias, m, n, M, N, stride_ym, BLOCK_M, BLOCK_N, HAS_BIAS, TMA)
-
-
-@triton.jit
-def _dropped_lora_term(
-    h, b, seed, threshold, keep_scale, m, n, M, N, R, stride_br, stride_bn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    term = lora_term(zero, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION)
-    return drop(term, seed, m, n, threshold, BLOCK_M, BLOCK_N) * keep_scale
+            acc = lora_term(acc, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION)
+        store_tile(y, acc, bias, m, n, M, N, stride_ym, BLOCK_M, BLOCK_N, HALVES, HAS_BIAS, TMA)
 
 
 @triton.jit
@@ -101,12 +70,7 @@ def single_pass_kernel(
         store_rows(h, h_tile, m, 0, M, R, BLOCK_M, BLOCK_R)
     b_tile = load_strided(b, 0, n, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N)
     acc = tl.dot(h_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
-    if HALVES:
-        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
-        store_tile(y, left, bias, m, n, M, N, stride_ym, BLOCK_M, BLOCK_N // 2, HAS_BIAS, TMA)
-        store_tile(y, right, bias, m, n + BLOCK_N // 2, M, N, stride_ym, BLOCK_M, BLOCK_N // 2, HAS_BIAS, TMA)
-    else:
-        store_tile(y, acc, bias, m, n, M, N, stride_ym, BLOCK_M, BLOCK_N, HAS_BIAS, TMA)
+    store_tile(y, acc, bias, m, n, M, N, stride_ym, BLOCK_M, BLOCK_N, HALVES, HAS_BIAS, TMA)
 
 
 @triton.jit
@@ -149,15 +113,10 @@ def one_launch_kernel(
                 acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
             while tl.atomic_add(ready + tile_m, 0, sem="acquire", scope="gpu") == 0:
                 pass
-            h_tile = load_rows(h, m, 0, M, R, BLOCK_M, BLOCK_R, CACHE=".cg")  # L1 may hold what was here before
+            h_tile = load_rows(h, m, 0, M, R, BLOCK_M, BLOCK_R)
         b_tile = load_strided(b, 0, n, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N)
         acc = tl.dot(h_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
-        if HALVES:
-            left, right = column_halves(acc, BLOCK_M, BLOCK_N)
-            store_tile(y, left, bias, m, n, M, N, 0, BLOCK_M, BLOCK_N // 2, HAS_BIAS, TMA=True)
-            store_tile(y, right, bias, m, n + BLOCK_N // 2, M, N, 0, BLOCK_M, BLOCK_N // 2, HAS_BIAS, TMA=True)
-        else:
-            store_tile(y, acc, bias, m, n, M, N, 0, BLOCK_M, BLOCK_N, HAS_BIAS, TMA=True)
+        store_tile(y, acc, bias, m, n, M, N, 0, BLOCK_M, BLOCK_N, HALVES, HAS_BIAS, TMA=True)
         tile = tl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
     if tile == tiles_m * tiles_n + tl.num_programs(0) - 1:  # the last ticket: every tile is done, nobody reads a flag
         for i in range(tiles_m):

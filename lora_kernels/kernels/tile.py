@@ -45,12 +45,12 @@ def load_strided(src, row, col, rows, cols, stride_row, stride_col, BLOCK_ROWS: 
 
 
 @triton.jit
-def load_rows(h, m, r, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CACHE: tl.constexpr = ""):
-    """`[BLOCK_M, BLOCK_R]` of a contiguous `h [M, R]`, zero outside it."""
+def load_rows(h, m, r, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+    """`[BLOCK_M, BLOCK_R]` of a contiguous `h [M, R]`, zero outside it; past L1, which may hold what was there before."""
     offs_m = m + tl.arange(0, BLOCK_M)
     offs_r = r + tl.arange(0, BLOCK_R)
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    return tl.load(h + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], mask=mask, other=0.0, cache_modifier=CACHE)
+    return tl.load(h + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -78,24 +78,28 @@ def lora_term(
 @triton.jit
 def store_tile(
     y, acc, bias, m, n, M, N, stride_ym,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias and write `acc` into a row-major `y [M, N]`, rounding once to its dtype."""
-    offs_n = n + tl.arange(0, BLOCK_N)
-    if HAS_BIAS:
-        acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(acc.dtype)[None, :]
-    if TMA:
-        y.store([m, n], acc.to(y.dtype))
+    """Add the bias and write `acc [BLOCK_M, BLOCK_N]` into a row-major `y [M, N]`, rounding once to its dtype.
+
+    With HALVES the left and the right half go one after the other, which halves the shared memory that staging takes.
+    """
+    if HALVES:
+        HALF_N: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
+        store_tile(y, left, bias, m, n, M, N, stride_ym, BLOCK_M, HALF_N, False, HAS_BIAS, TMA)
+        store_tile(y, right, bias, m, n + HALF_N, M, N, stride_ym, BLOCK_M, HALF_N, False, HAS_BIAS, TMA)
     else:
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        tl.store(y + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :], acc.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def column_halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and right half of `acc`: staging one at a time halves the epilogue's shared memory."""
-    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        offs_n = n + tl.arange(0, BLOCK_N)
+        if HAS_BIAS:
+            acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(acc.dtype)[None, :]
+        if TMA:
+            y.store([m, n], acc.to(y.dtype))
+        else:
+            offs_m = m + tl.arange(0, BLOCK_M)
+            mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+            offs = offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+            tl.store(y + offs, acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit

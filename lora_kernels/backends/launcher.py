@@ -1,0 +1,52 @@
+"""How a kernel gets onto the device, for the Triton backend: compiled once per specialisation, then called directly."""
+
+import torch
+from torch import Tensor
+
+_compiled = {}
+
+
+def launch(kernel, grid, args: tuple, constants: dict, config) -> None:
+    """Run `kernel` on the current device and stream; `constants` are its constexprs, in its own order.
+
+    After the first launch of a specialisation the compiled kernel is called directly: Triton's own argument binding
+    costs several times as much.
+    """
+    if type(kernel).__name__ == "InterpretedFunction":
+        kernel[grid](*args, **constants)
+        return
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    key = (kernel, device, config, *constants.values(), *map(_specialization, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+    else:
+        compiled[grid](*args, *constants.values())
+
+
+def _specialization(arg):
+    """What Triton compiles differently for, and nothing else."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, arg >= 2**31
+    if arg is None or isinstance(arg, float):
+        return type(arg)
+    return arg.base.dtype, *arg.block_shape
+
+
+_counters_of = {}
+
+
+def reset() -> None:
+    """Forget the counters of `one_launch`; call it after a launch was aborted, since they must start at zero."""
+    _counters_of.clear()
+
+
+def counters(device, size: int) -> Tensor:
+    """At least `size` int32 zeros that a launch uses and leaves at zero: one set per stream, whose launches never overlap."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    zeros = _counters_of.get((device, stream))
+    if zeros is None or zeros.numel() < size:
+        zeros = _counters_of[device, stream] = torch.zeros(max(size, 1024), dtype=torch.int32, device=device)
+    return zeros
