@@ -52,10 +52,7 @@ def lora_linear(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    seed = None
-    if dropout_p > 0.0:
-        # On x's device, so that CUDA graphs and activation checkpointing replay it like any other random draw.
-        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    seed = draw_seed(x.device) if dropout_p > 0.0 else None
     rows = x.reshape(-1, x.shape[-1])
     if ops.must_trace(x):
         scaling = scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=torch.float32)
@@ -63,6 +60,11 @@ def lora_linear(
     else:
         y = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def draw_seed(device) -> Tensor:
+    """A dropout seed, drawn on the device so that CUDA graphs and checkpointing replay it like any other random draw."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p):

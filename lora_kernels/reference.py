@@ -46,7 +46,7 @@ def dropout_keep(seed, rows: int, cols: int, dropout_p: float, device=None) -> T
         key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
     words = torch.stack((c0, c1, c2, c3), dim=-1)
     lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return lanes.reshape(rows, -1)[:, :cols] < keep_threshold(dropout_p)
+    return lanes.flatten(1)[:, :cols] < keep_threshold(dropout_p)
 
 
 def keep_threshold(dropout_p: float) -> int:

@@ -43,4 +43,4 @@ def _drop(x, dropout_p, seed):
     if dropout_p == 0.0:
         return x
     keep = reference.dropout_keep(seed, *x.shape, dropout_p, device=x.device)
-    return x * keep.to(x.dtype).mul_(1.0 / (1.0 - dropout_p))
+    return torch.where(keep, x / (1.0 - dropout_p), 0.0)
