@@ -3,12 +3,12 @@
 import argparse
 import importlib
 import platform
-import runpy
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+CHECKOUT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -77,26 +77,26 @@ def _info(*_):
     import torch
 
     from lora_kernels import __version__
-    from lora_kernels.backends import BACKENDS
+    from lora_kernels.backends import BACKENDS, triton
     from lora_kernels.dispatch import Problem
 
-    print(f"lora_kernels  {__version__}")
-    print(f"python        {platform.python_version()} ({platform.platform()})")
-    for package in ("torch", "triton", "peft", "transformers"):
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    target = triton.target(device)
+    for name, version in (("lora_kernels", __version__), ("python", platform.python_version())):
+        print(f"{name:<13} {version}")
+    for package in ("torch", "triton", "safetensors", "peft", "transformers"):
         print(f"{package:<13} {_version(package)}")
-    capability = 0
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
-        print(f"device        {torch.cuda.get_device_name()}, sm_{capability}")
+    if device.type == "cuda":
+        print(f"device        {torch.cuda.get_device_name(device)}, sm_{target.capability}, {target.num_sms} SMs")
     else:
-        print(f"device        CPU, {torch.get_num_threads()} threads")
+        print(f"device        CPU, {torch.get_num_threads()} threads; torch sees no GPU")
     problem = Problem(
-        4096, 4096, 4096, 16, torch.bfloat16, torch.bfloat16, False, "cuda" if capability else "cpu", capability
-    )
+        m=4096, n=4096, k=4096, r=16, dtype=torch.bfloat16, lora_dtype=torch.bfloat16, dropout=False,
+        device=device.type, capability=target.capability, num_sms=target.num_sms, tma=target.tma,
+    )  # fmt: skip
     for name, backend in BACKENDS.items():
         reasons = backend.reasons_unsupported(problem)
-        print(f"{name:<13} {'; '.join(reasons) and 'no: ' + '; '.join(reasons) or 'yes'}")
+        print(f"{name:<13} {'not usable here: ' + '; '.join(reasons) if reasons else 'usable'}")
 
 
 def _version(package):
@@ -114,11 +114,10 @@ def _forward_to(module):
 
 
 def _bench(_, rest):
-    if not BENCHMARKS.is_dir():
+    if not (CHECKOUT / "benchmarks").is_dir():
         print("bench: the benchmarks are not part of the installed package; run it in a checkout", file=sys.stderr)
         return 1
-    sys.path.insert(0, str(BENCHMARKS))
-    return runpy.run_path(str(BENCHMARKS / "__main__.py"))["main"](rest)
+    return subprocess.call([sys.executable, "-m", "benchmarks", *rest], cwd=CHECKOUT)
 
 
 if __name__ == "__main__":

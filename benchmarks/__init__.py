@@ -1,0 +1,1 @@
+"""Timings, each after its correctness gate; `python -m benchmarks` in a checkout, or `make bench`."""
