@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels import __version__
+from lora_kernels.backends import triton
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -37,6 +38,7 @@ def write(benchmark: str, method: str, rows: list[dict], device: torch.device) -
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
+        "capability": triton.target(device).capability,
         "versions": {"lora_kernels": __version__, **{name: _version(name) for name in ("torch", "triton", "numpy")}},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
