@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels import autograd, dispatch, ops
+from lora_kernels import autograd, ops
 
 MAX_RANK = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -17,14 +17,14 @@ def lora_linear(x, weight, lora_a, lora_b, scaling, bias=None, keep=None, dropou
     y = x @ weight.mT
     if bias is not None:
         y = y + bias
-    return y + scaling * ((_drop(x, keep, dropout_p) @ lora_a.mT) @ lora_b.mT)
+    return y + scaling * ((drop(x, keep, dropout_p) @ lora_a.mT) @ lora_b.mT)
 
 
 def lora_linear_backward(dy, x, weight, lora_a, lora_b, scaling, keep=None, dropout_p=0.0):
     """Gradients `(dx [M,K], da [R,K], db [N,R], dbias [N])` of `lora_linear` for `dy [M,N]`; docs/math.md derives them."""
-    x_dropped = _drop(x, keep, dropout_p)
+    x_dropped = drop(x, keep, dropout_p)
     g = scaling * (dy @ lora_b)
-    dx = dy @ weight + _drop(g @ lora_a, keep, dropout_p)
+    dx = dy @ weight + drop(g @ lora_a, keep, dropout_p)
     return dx, g.mT @ x_dropped, dy.mT @ (scaling * (x_dropped @ lora_a.mT)), dy.sum(0)
 
 
@@ -54,5 +54,6 @@ def keep_threshold(dropout_p: float) -> int:
     return round((1.0 - dropout_p) * 65536)
 
 
-def _drop(x, keep, dropout_p):
+def drop(x, keep, dropout_p) -> Tensor:
+    """`x * keep / (1 - p)`; x itself where `keep` is None."""
     return x if keep is None else torch.where(keep, x / (1.0 - dropout_p), 0.0)

@@ -27,10 +27,10 @@ GUARD = 64  # elements of NaN before and behind an input; a multiple of 16 bytes
 
 @dataclass(frozen=True)
 class Case:
-    """One problem, reproducible from its repr. `x` is `[*leading, m, k]`; `needs` names the inputs that want a gradient.
+    """One problem, reproducible from its repr. `x` is `[*leading, m, k]`; `needs` names what gets a gradient.
 
-    `layouts` maps an input to one of LAYOUTS (default "contiguous"). `base=False` is the twin with weight and bias zero:
-    the adapter alone, which a large base term would hide.
+    `layouts` maps an input to one of LAYOUTS (default "contiguous"). `base=False` is the twin with weight and bias
+    zero: the adapter alone, which a large base term would hide.
     """
 
     m: int
@@ -177,7 +177,7 @@ def poisoned_empty() -> Iterator[None]:
 
 
 class Budget(NamedTuple):
-    """The errors a result may have and the two parts of them: of eager PyTorch, and the floor below which luck decides."""
+    """The error a result may have: `factor` times that of eager PyTorch, and a floor below which luck decides."""
 
     eager: float
     factor: float
@@ -191,15 +191,14 @@ class Budget(NamedTuple):
 def check(case: Case, backend: str | None = None, strategy: str | None = None, device="cpu") -> None:
     """Run forward and all gradients of `case` and of its W = 0 twin; raise AssertionError where one is wrong.
 
-    Wrong is: over the error budget, other bits in a second run, a changed input, a store outside a buffer, a shape or dtype
-    that is not the input's; for half precision also a y that is not the once-rounded product of the saved h.
+    Wrong is: over the error budget, other bits in a second run, a changed input, a store outside a buffer, a shape or
+    dtype that is not the input's; for half precision also a y that is not the once-rounded product of the saved h.
     Raises NotImplementedError if the strategy cannot run the case.
     """
     for twin in (case, replace(case, base=False)):
         tensors = make_tensors(twin, device)
         before = [None if t is None else _buffer(t).clone() for t in tensors[:6]]
         results = run(twin, tensors, backend, strategy)
-        _check_repeatable(twin, results, run(twin, tensors, backend, strategy))
         truth, eager, magnitude = _expected(twin, tensors)
         for name, actual in results.items():
             compare(twin, name, actual, truth[name], eager[name], magnitude[name])
@@ -211,18 +210,23 @@ def check(case: Case, backend: str | None = None, strategy: str | None = None, d
 
 
 def run(case: Case, tensors: Tensors, backend: str | None = None, strategy: str | None = None) -> dict[str, Tensor]:
-    """y, h and the gradients that `case.needs`, by name, through the public function, on poisoned memory."""
+    """y, h and the gradients that `case.needs`, by name, on poisoned memory; AssertionError if a second run differs."""
     inputs = {name: getattr(tensors, name) for name in INPUTS[:-1]}
     inputs = {name: None if t is None else t.detach().requires_grad_(name in case.needs) for name, t in inputs.items()}
-    options = dict(dropout_p=case.dropout_p, backend=backend, strategy=strategy)
+    wanted = [inputs[name] for name in case.needs]
+    x = tensors.x.reshape(-1, case.k)
+    plan = dispatch.plan_for(x, tensors.weight, tensors.lora_a, tensors.lora_b, case.dropout_p, backend, strategy)
     with poisoned_empty():
         torch.manual_seed(case.seed)
-        y = functional.lora_linear(**inputs, scaling=case.scaling, **options)
-        wanted = [inputs[name] for name in case.needs]
-        grads = torch.autograd.grad(y, wanted, tensors.dy) if wanted else ()
-        x = tensors.x.reshape(-1, case.k)
-        plan = dispatch.plan_for(x, tensors.weight, tensors.lora_a, tensors.lora_b, case.dropout_p, backend, strategy)
-        h = plan.forward(x, *tensors[1:5], case.scaling, case.dropout_p, tensors.seed)[1]
+        y = functional.lora_linear(
+            **inputs, scaling=case.scaling, dropout_p=case.dropout_p, backend=backend, strategy=strategy
+        )
+        again, h = plan.forward(x, *tensors[1:5], case.scaling, case.dropout_p, tensors.seed)
+        _check_repeated(case, "y", y, again.view_as(y))
+        grads = torch.autograd.grad(y, wanted, tensors.dy, retain_graph=True) if wanted else ()
+        if case.base and wanted:
+            for name, *both in zip(case.needs, grads, torch.autograd.grad(y, wanted, tensors.dy), strict=True):
+                _check_repeated(case, RESULTS[name], *both)
     return {"y": y.detach(), "h": h} | {RESULTS[name]: grad for name, grad in zip(case.needs, grads, strict=True)}
 
 
@@ -233,14 +237,16 @@ def compare(case: Case, name: str, actual: Tensor, truth: Tensor, eager: Tensor,
         raise AssertionError(f"{name}: got {got}, expected {expected}\n{case}")
     if actual.numel() == 0:
         return
+    measured = errors(actual, truth, magnitude)
     for metric, budget in budgets(case, name, truth, eager, magnitude).items():
-        value, worst = errors(actual, truth, magnitude)[metric]
+        value, worst = measured[metric]
         if not value <= budget.limit:
             index = tuple(int(i) for i in torch.unravel_index(worst, truth.shape))
             raise AssertionError(
-                f"{name}: {metric} error {value:.3g}, budget {budget.limit:.3g} = {budget.factor} × {budget.eager:.3g} (eager)"
-                f" + {budget.floor:.3g}; worst at {index}: got {actual[index].item():.8g}, expected {truth[index].item():.8g}"
-                f" ({int(actual.isnan().sum())} of {actual.numel()} are NaN)\n{case}"
+                f"{name}: {metric} error {value:.3g}, budget {budget.limit:.3g} = "
+                f"{budget.factor} × {budget.eager:.3g} (eager) + {budget.floor:.3g}; worst at {index}: "
+                f"got {actual[index].item():.8g}, expected {truth[index].item():.8g} "
+                f"({int(actual.isnan().sum())} of {actual.numel()} are NaN)\n{case}"
             )
 
 
@@ -274,7 +280,7 @@ def budgets(case: Case, name: str, truth: Tensor, eager: Tensor, magnitude: Tens
 
 
 def _independent_roundings(case, name):
-    """How many roundings at least the error of a result averages over: its own elements, or those of h or g before it."""
+    """How many roundings at least a result's error averages over: its own elements', or those of h or g before it."""
     m = 1 if "expanded" in (case.layouts.get("x"), case.layouts.get("dy")) else case.rows
     n, k, r = case.n, case.k, case.r
     if name == "dbias":
@@ -295,7 +301,7 @@ def _expected(case, tensors):
         args = [None if t is None else convert(t) for t in (x, weight, lora_a, lora_b)]
         keep = tensors.keep
         y = reference.lora_linear(*args, scaling, None if bias is None else convert(bias), keep, dropout_p)
-        h = scaling * (_dropped(args[0], keep, dropout_p) @ args[2].mT)
+        h = scaling * (reference.drop(args[0], keep, dropout_p) @ args[2].mT)
         dx, da, db, dbias = reference.lora_linear_backward(convert(dy), *args, scaling, keep, dropout_p)
         shaped = {"y": y.view(*tensors.dy.shape), "h": h, "dx": dx.view(tensors.x.shape), "da": da, "db": db}
         return shaped | {"dbias": dbias}
@@ -309,14 +315,9 @@ def _expected(case, tensors):
     return truth, eager, {name: t.sqrt() for name, t in squares.items()}
 
 
-def _dropped(x, keep, dropout_p):
-    return x if keep is None else torch.where(keep, x / (1.0 - dropout_p), 0.0)
-
-
-def _check_repeatable(case, first, second):
-    for name, value in first.items():
-        if not torch.equal(_bits(value), _bits(second[name])):
-            raise AssertionError(f"{name}: a second run gave other bits\n{case}")
+def _check_repeated(case, name, first, second):
+    if not torch.equal(_bits(first), _bits(second)):
+        raise AssertionError(f"{name}: a second run gave other bits\n{case}")
 
 
 def _check_rounding(case, tensors, results):
@@ -328,8 +329,9 @@ def _check_rounding(case, tensors, results):
     if bool(outside.any()):
         index = tuple(int(i) for i in outside.nonzero()[0])
         raise AssertionError(
-            f"y: not h Bᵀ rounded once, at {index} ({int(outside.sum())} of {y.numel()} elements): got {y[index].item():.8g}, "
-            f"expected {exact[index].item():.8g} to the nearest {y.dtype}; is h kept in fp32 for y, or y rounded twice?\n{case}"
+            f"y: not h Bᵀ rounded once, at {index} ({int(outside.sum())} of {y.numel()} elements): "
+            f"got {y[index].item():.8g}, expected {exact[index].item():.8g} to the nearest {y.dtype}; "
+            f"is h kept in fp32 for y, or y rounded twice?\n{case}"
         )
 
 
@@ -374,7 +376,7 @@ def mend_interpreter() -> None:
     def through_fp32(method):
         def wrapper(self, *operands):
             result = method(self, *map(to_fp32, operands))
-            last = [operand for operand in operands if isinstance(operand, TensorHandle)][-1]  # the accumulator, of a dot
+            *_, last = (operand for operand in operands if isinstance(operand, TensorHandle))  # of a dot: accumulator
             return to_bf16(result.data) if is_bf16(last) and result.data.dtype == np.float32 else result
 
         return wrapper
