@@ -21,9 +21,10 @@ compile: $(VENV)/dev  ## the static gate alone: cross-compile every kernel and r
 	$(BIN)/python -m lora_kernels compile
 
 gpu:  ## every test on the local GPU; uses PYTHON as it is where its torch sees the GPU
-	@python=$(PYTHON); \
-	$$python -c "import sys, torch, pytest; sys.exit(not torch.cuda.is_available())" 2>/dev/null \
-	  || { $(MAKE) --no-print-directory $(VENV)/dev && python=$(BIN)/python; } || exit; \
+	@sees_gpu='import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU here")'; \
+	python=$(PYTHON); \
+	$$python -c "import pytest; $$sees_gpu" 2>/dev/null \
+	  || { $(MAKE) --no-print-directory $(VENV)/dev && python=$(BIN)/python && $$python -c "$$sees_gpu"; } || exit; \
 	set -x; PYTHONPATH=. LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile"
 
 fuzz: $(VENV)/dev  ## 2,000 random problems, forward and all gradients
