@@ -90,6 +90,7 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
     if m == 0:
         return x.new_empty(0, n), x.new_empty(0, r)
     x, a, b, w = _row_major(x), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT, weight.mT
+    bias = None if bias is None else bias.contiguous()
     with _on(x.device):
         if strategy == "single_pass":
             return _single_pass(x, w, a, b, bias, scaling)

@@ -1,4 +1,4 @@
-"""Triton's interpreter: tiles small enough that toy problems have several of everything."""
+"""Triton's interpreter: tiles small enough that toy problems have several of each, large enough to run fast."""
 
 from lora_kernels.configs import Config, Row
 
@@ -9,11 +9,11 @@ ROWS = tuple(
     Row(kernel, config, itemsize)
     for itemsize in (2, 4, 8)
     for kernel, config in (
-        ("shrink", Config(32, block_k=32)),
-        ("extended", Config(32, 32, 32, group_m=2, halves=True)),
-        ("single_pass", Config(32, 32, 32, group_m=2)),
-        ("one_launch", Config(32, 32, 32, group_m=2, halves=True, num_stages=2)),
-        ("dy_pass", Config(16, 32)),
-        ("wgrad", Config(16, 32)),
+        ("shrink", Config(32, block_k=64)),
+        ("extended", Config(32, 64, 64, group_m=2, halves=True)),
+        ("single_pass", Config(32, 32, 64, group_m=2)),
+        ("one_launch", Config(32, 64, 32, group_m=2, halves=True, num_stages=2)),
+        ("dy_pass", Config(32, 64)),
+        ("wgrad", Config(32, 64)),
     )
 )
