@@ -1,6 +1,7 @@
 """Which backend and which strategy run a problem, and why."""
 
 import functools
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ import torch
 
 from lora_kernels import configs, roofline
 from lora_kernels.backends import BACKENDS, triton
+
+logger = logging.getLogger("lora_kernels")
 
 # one_launch runs on request only: it has not been timed on a GPU yet, and its model has not been confirmed.
 DEFAULT_STRATEGIES = ("extended", "single_pass", "chained")
@@ -76,10 +79,17 @@ def choose(problem: Problem, backend: str | None = None, strategy: str | None = 
         reasons = _reasons(name, strategy, problem)
         if not reasons:
             chosen, why = (strategy, "asked for") if strategy else _best_strategy(name, problem)
+            for reason in against:
+                _say_once(f"using the {name} backend, because {reason}")
             return Plan(BACKENDS[name], chosen, "; ".join((*against, why)))
         against.append(f"{name}: {', '.join(reasons)}")
     asked = " and ".join(f"{kind}={value!r}" for kind, value in (("backend", backend), ("strategy", strategy)) if value)
     raise NotImplementedError(f"{asked} cannot run this problem: {'; '.join(against)}")
+
+
+@functools.cache
+def _say_once(message):
+    logger.info(message)
 
 
 def _reasons(name, strategy, problem) -> list[str]:
@@ -98,7 +108,9 @@ def _best_strategy(name, problem) -> tuple[str, str]:
     if problem.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
         return "chained", "fp32 without tf32 has no tensor cores, and cuBLAS is best there"
     if problem.capability >= 90 and not problem.tma:
-        return "chained", "rows are not on 16-byte boundaries, so no TMA"
+        why = "rows of x, weight, lora_a, lora_b or y are not on 16-byte boundaries, so no TMA"
+        _say_once(f"using the chained strategy, because {why}")
+        return "chained", why
     costs = {
         strategy: modelled_cost(strategy, problem).seconds
         for strategy in DEFAULT_STRATEGIES

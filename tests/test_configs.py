@@ -1,0 +1,50 @@
+"""The tile tables: every row is legal, and every problem finds one."""
+
+import itertools
+
+import pytest
+
+from lora_kernels import configs
+
+TABLES = {capability: configs.architecture(capability) for capability in (configs.INTERPRETER, *configs.ARCHITECTURES)}
+ROWS = [(capability, row) for capability, table in TABLES.items() for row in table.ROWS]
+
+
+@pytest.mark.parametrize(("capability", "row"), ROWS, ids=[f"{c}-{r.kernel}-{r.itemsize}-{i}" for i, (c, r) in enumerate(ROWS)])
+def test_row_is_legal(capability, row):
+    tile = row.config
+    for extent in (tile.block_m, tile.block_n, tile.block_k):
+        assert extent == 0 or (extent >= 16 and extent.bit_count() == 1)
+    assert tile.num_warps in (1, 2, 4, 8)
+    assert tile.num_stages >= (2 if row.kernel == "one_launch" else 1)  # its shrink loop runs with one stage less
+    assert 0.0 < row.efficiency <= 1.0
+    assert row.max_rank <= (64 if row.kernel in ("single_pass", "one_launch") else 512) or capability == configs.INTERPRETER
+    if row.kernel in ("extended", "single_pass", "one_launch"):
+        assert tile.block_m and tile.block_n and tile.block_k
+
+
+@pytest.mark.parametrize("capability", TABLES)
+@pytest.mark.parametrize("kernel", ["shrink", "extended", "wgrad", "dy_pass"])
+def test_every_problem_finds_a_row(capability, kernel):
+    sizes = (1, 33, 64, 4096, 10**6)
+    ranks = (1, 16, 32) if kernel == "dy_pass" else (1, 16, 64, 65, 512)
+    for m, n, r, itemsize, dropout in itertools.product(sizes, sizes, ranks, (2, 4), (False, True)):
+        configs.lookup(kernel, capability, itemsize, m, n, r, num_sms=132, dropout=dropout)
+
+
+def test_unknown_architectures_use_the_nearest_older_table():
+    assert configs.architecture(89).__name__.endswith("sm80")
+    assert configs.architecture(103).__name__.endswith("sm100")
+    assert configs.architecture(0).__name__.endswith("interpreter")
+
+
+def test_missing_row_is_an_error_that_names_the_problem():
+    with pytest.raises(LookupError, match="one_launch.*capability 80.*r=16"):
+        configs.lookup("one_launch", 80, 2, 8192, 4096, 16, 108)
+
+
+def test_large_problems_get_the_large_tile_and_small_ones_fill_the_machine():
+    large = configs.lookup("extended", 90, 2, 8192, 4096, 16, 132)
+    assert (large.block_m, large.block_n, large.block_k, large.num_stages) == (128, 256, 64, 4)
+    assert configs.lookup("extended", 90, 2, 512, 4096, 16, 132).block_n == 128
+    assert configs.lookup("extended", 90, 2, 8192, 4096, 16, 132, dropout=True).block_n == 128
