@@ -5,7 +5,7 @@ import argparse
 from benchmarks import host, train
 from benchmarks.report import refuse_interpreter
 
-BENCHMARKS = {"train": train.main, "host": host.main}  # host last: it leaves torch with one thread
+BENCHMARKS = {"train": train.main, "host": host.main}
 
 
 def main() -> None:

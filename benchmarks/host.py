@@ -15,8 +15,22 @@ CALLS = 50  # per sample
 
 
 def main(full: bool = False) -> None:
-    torch.set_num_threads(1)  # a thread pool's wake-up is not the price of our Python
     device = report.local_device()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a thread pool's wake-up is not the price of our Python
+    try:
+        rows = run(device, repeats=101 if full else 25)
+        method = f"wall clock of {CALLS} calls in a row, x [{M},{K}], N = {N}, r = {R}, bf16 on a GPU, else fp32; contenders take turns"
+        path = report.write("host", method, rows, device)
+    finally:
+        torch.set_num_threads(threads)
+    what = "time to enqueue" if device.type == "cuda" else "CPU, eager backend, with its tiny arithmetic"
+    table = [[row["pass"], row["contender"], f"{row['median_us']:.1f}", _quartiles(row)] for row in rows]
+    report.show(f"Host cost of one call: {what}", path, ["pass", "path", "median µs", "quartiles"], table)
+
+
+def run(device: torch.device, repeats: int) -> list[dict]:
+    """A row for every path from Python to the arithmetic."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, weight, lora_a, lora_b = (
         torch.randn(shape, device=device, dtype=dtype) for shape in ((M, K), (N, K), (R, K), (N, R))
@@ -55,13 +69,9 @@ def main(full: bool = False) -> None:
     rows = []
     for what, calls in paths.items():
         timers = {name: wall_timer([call] * CALLS, wait) for name, call in calls.items()}
-        for name, samples in take_turns(timers, repeats=101 if full else 25).items():
+        for name, samples in take_turns(timers, repeats).items():
             rows.append({"pass": what, "contender": name, **summary(samples)})
-    method = f"wall clock of {CALLS} calls in a row, x [{M},{K}], N = {N}, r = {R}, {dtype}; contenders take turns"
-    path = report.write("host", method, rows, device)
-    what = "time to enqueue" if device.type == "cuda" else "CPU, eager backend, with its tiny arithmetic"
-    table = [[row["pass"], row["contender"], f"{row['median_us']:.1f}", _quartiles(row)] for row in rows]
-    report.show(f"Host cost of one call: {what}", path, ["pass", "path", "median µs", "quartiles"], table)
+    return rows
 
 
 def _quartiles(row):
