@@ -20,7 +20,8 @@ def main(full: bool = False) -> None:
     torch.set_num_threads(1)  # a thread pool's wake-up is not the price of our Python
     try:
         rows = run(device, repeats=101 if full else 25)
-        method = f"wall clock of {CALLS} calls in a row, x [{M},{K}], N = {N}, r = {R}, bf16 on a GPU, else fp32; contenders take turns"
+        sizes = f"x [{M},{K}], N = {N}, r = {R}, {'bf16' if device.type == 'cuda' else 'fp32'}"
+        method = f"wall clock of {CALLS} calls in a row, {sizes}; contenders take turns"
         path = report.write("host", method, rows, device)
     finally:
         torch.set_num_threads(threads)
