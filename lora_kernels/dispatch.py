@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     """Everything a choice may depend on.
 
     `device` is a type such as "cuda"; `capability` is 90 for sm_90, 0 without a GPU; `tma` says whether all operands lie on
-    16-byte boundaries and the device has TMA.
+    16-byte boundaries and the device has TMA, `tf32` whether fp32 may run on tensor cores.
     """
 
     m: int
@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     capability: int
     num_sms: int
     tma: bool
+    tf32: bool
 
 
 class Plan(NamedTuple):
@@ -58,7 +59,7 @@ def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) 
     tma = triton.tma_applies(x, weight, lora_a, lora_b)
     problem = Problem(
         x.shape[0], n, k, lora_a.shape[0], x.dtype, lora_a.dtype, dropout_p > 0.0,
-        x.device.type, goal.capability, goal.num_sms, tma,
+        x.device.type, goal.capability, goal.num_sms, tma, x.dtype == torch.float32 and triton.tf32_allowed(),
     )  # fmt: skip
     return choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy)
 
@@ -105,7 +106,7 @@ def _best_strategy(name, problem) -> tuple[str, str]:
     if name != "triton":
         strategy = BACKENDS[name].STRATEGIES[0]
         return strategy, f"{name} has only {strategy}"
-    if problem.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if problem.dtype == torch.float32 and not problem.tf32:
         return "chained", "fp32 without tf32 has no tensor cores, and cuBLAS is best there"
     if problem.capability >= 90 and not problem.tma:
         why = "rows of x, weight, lora_a, lora_b or y are not on 16-byte boundaries, so no TMA"
@@ -193,7 +194,8 @@ def explain(
         capability = 90 if capability is None else capability
         num_sms, tma = configs.architecture(capability).NUM_SMS, capability >= 90
     tma = tma and not any(extent * dtype.itemsize % 16 for extent in (n, k, r))
-    problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma)
+    tf32 = dtype == torch.float32 and triton.tf32_allowed()
+    problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma, tf32)
     strategies = [s for s in triton.STRATEGIES if configs.candidates(s, capability, dtype.itemsize, m, r) or s == "chained"]
     return Explanation(
         problem,

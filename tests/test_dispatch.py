@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from lora_kernels import dispatch, roofline
+from lora_kernels.backends import triton
 from lora_kernels.dispatch import Problem, choose, explain
 
 H200 = roofline.Ceilings(788e12, 4.3e12)
 
 
-def problem(m=8192, n=4096, k=4096, r=16, dtype=torch.bfloat16, dropout=False, capability=90, tma=True):
-    return Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, 132, tma)
+def problem(m=8192, n=4096, k=4096, r=16, dtype=torch.bfloat16, dropout=False, capability=90, tma=True, tf32=False):
+    return Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, 132, tma, tf32)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,7 @@ def no_override(monkeypatch):
         (dict(tma=False), "chained"),
         (dict(tma=False, capability=80), "extended"),
         (dict(dtype=torch.float32), "chained"),
+        (dict(dtype=torch.float32, tf32=True), "extended"),
     ],
 )
 def test_default_strategy(change, strategy):
@@ -119,3 +121,13 @@ def test_single_pass_wins_only_below_the_crossover():
 
     assert better(2560)
     assert not better(4096)
+
+
+def test_tf32_follows_torch():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, allowed in (("high", True), ("highest", False)):
+            torch.set_float32_matmul_precision(precision)
+            assert triton.tf32_allowed() is allowed
+    finally:
+        torch.set_float32_matmul_precision(before)

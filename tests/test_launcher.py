@@ -64,6 +64,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(type(driver), "active", fake)
     monkeypatch.setattr(backend, "target", lambda device: backend.Target(90, configs.architecture(90).NUM_SMS, True))
     monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(launcher, "_driver", lambda: fake)
     RecordingLauncher.launches.clear()
     return RecordingLauncher.launches
 

@@ -1,5 +1,7 @@
 """How a kernel gets onto the device, for the Triton backend: compiled once per specialisation, then called directly."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,19 @@ def launch(kernel, grid, args: tuple, constants: dict, config) -> None:
     if type(kernel).__name__ == "InterpretedFunction":
         kernel[grid](*args, **constants)
         return
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    key = (kernel, device, config, *constants.values(), *map(_specialization, args))
+    key = (kernel, _driver().get_current_device(), config, *constants.values(), *map(_specialization, args))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
     else:
         compiled[grid](*args, *constants.values())
+
+
+@functools.cache
+def _driver():
+    from triton.runtime import driver
+
+    return driver.active
 
 
 def _specialization(arg):

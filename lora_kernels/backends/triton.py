@@ -6,6 +6,7 @@ for dx. The narrow ones come as `a [K,R]` and `b [R,N]`: `(lora_a.mT, lora_b.mT)
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 from types import SimpleNamespace
@@ -77,10 +78,10 @@ def strategy_reasons_unsupported(strategy: str, problem) -> list[str]:
 
 def tma_applies(x, weight, lora_a, lora_b) -> bool:
     """Whether every operand of the problem can be addressed by TMA; what is copied on the way in always can."""
-    extents = (*weight.shape, lora_a.shape[0])
-    if not target(x.device).tma or any(extent * x.element_size() % 16 for extent in extents):
+    (n, k), r, itemsize = weight.shape, lora_a.shape[0], x.element_size()
+    if not target(x.device).tma or n * itemsize % 16 or k * itemsize % 16 or r * itemsize % 16:
         return False
-    used_as_is = (t for t in (x, _stored(weight)[0], lora_a, lora_b) if t.dtype == x.dtype and t.stride(-1) == 1)
+    used_as_is = [t for t in (x, _stored(weight)[0], lora_a, lora_b) if t.stride(-1) == 1 and t.dtype == x.dtype]
     return _on_16_bytes(*used_as_is)
 
 
@@ -300,7 +301,8 @@ def _drop_in_place(x, dropout_p, seed):
 def _kernels():
     from lora_kernels.kernels import gemm, shrink, wgrad
 
-    return SimpleNamespace(gemm=gemm, shrink=shrink, wgrad=wgrad)
+    tma = importlib.import_module("triton.tools.tensor_descriptor") if _has_host_descriptors() else None
+    return SimpleNamespace(gemm=gemm, shrink=shrink, wgrad=wgrad, TensorDescriptor=getattr(tma, "TensorDescriptor", None))
 
 
 def _interpreter_is_mended() -> bool:
@@ -328,13 +330,23 @@ def _config(kernel, x, n, r, dropout_p=0.0):
 _lookup = functools.lru_cache(maxsize=4096)(configs.lookup)
 
 
+def tf32_allowed() -> bool:
+    """Whether fp32 products may run on tensor cores, as `torch.backends.cuda.matmul` says."""
+    matmul = torch.backends.cuda.matmul
+    # Reading allow_tf32 raises once fp32_precision has been set, which older versions do not have.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
 def _arithmetic(x):
+    return _constants_of(x.dtype, x.dtype == torch.float32 and tf32_allowed())
+
+
+@functools.cache
+def _constants_of(dtype, tf32):
     import triton.language as tl
 
-    if x.dtype == torch.float64:
-        return dict(ACC=tl.float64, PRECISION="ieee")
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return dict(ACC=tl.float32, PRECISION="tf32" if tf32 else "ieee")
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    return dict(ACC=acc, PRECISION="tf32" if tf32 else "ieee")
 
 
 def _accumulator(x):
@@ -363,17 +375,17 @@ def _row_major(x):
 
 def _on_16_bytes(*matrices) -> bool:
     """Whether TMA can address row-major `matrices`: base and row stride on 16-byte boundaries, no overlapping rows."""
-    return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1] for t in matrices
-    )
+    for t in matrices:
+        row = t.stride(0)
+        if t.data_ptr() % 16 or row * t.element_size() % 16 or row < t.shape[1]:
+            return False
+    return True
 
 
 def _operand(matrix, block, tma=True):
     if not tma:
         return matrix
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], list(block))
+    return _kernels().TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], list(block))
 
 
 def _weight_operand(w, kn, config, tma=True):
