@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     capability: int
     num_sms: int
     tma: bool
-    tf32: bool
+    tf32: bool = False
 
 
 class Plan(NamedTuple):

@@ -46,7 +46,8 @@ def forward_cost(strategy, m, n, k, r, itemsize, ceilings, block_n=256) -> Cost:
         shrink_flops = 2 * m * k * rank * columns  # every tile of a row recomputes h
         return _kernel(ceilings, gemm_bytes + lora_bytes, 2 * m * n * k + shrink_flops + expand_flops)
     if strategy == "one_launch":
-        ride = max(0.2, rank / 256) * 2 * m * k * min(block_n, n)  # a narrow MMA is bound by shared memory
+        # A narrow MMA is bound by shared memory, hence the 0.2; that the first wave waits for its h is not modelled.
+        ride = max(0.2, rank / 256) * 2 * m * k * min(block_n, n)
         return _kernel(ceilings, gemm_bytes + lora_bytes, 2 * m * n * k + ride + expand_flops)
     raise ValueError(f"strategy: got {strategy!r}, expected extended, chained, single_pass or one_launch")
 
