@@ -1,0 +1,270 @@
+"""The static gate: every kernel x dtype x architecture x row of the tile tables, compiled and judged without a GPU.
+
+What is compiled is what would be launched: the backend runs on tensors without data, with `launch` replaced by a
+recorder. The figures are recorded in tests/resources/static_gate.json, so that a diff shows a regression.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import re
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+
+from lora_kernels import configs, machine_code
+from lora_kernels.backends import launcher
+from lora_kernels.backends import triton as backend
+from lora_kernels.dispatch import Problem
+
+RECORD = Path(__file__).resolve().parent.parent / "tests" / "resources" / "static_gate.json"
+WORKERS = 2
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer whose forward and backward pass are recorded; where `aligned`, all rows lie on 16-byte boundaries."""
+
+    dtype: torch.dtype
+    r: int
+    m: int = 8192
+    n: int = 4096
+    k: int = 4096
+    aligned: bool = True
+    dropout_p: float = 0.0
+    bias: bool = False
+    tf32: bool = False
+    lora_dtype: torch.dtype | None = None
+    scaling_on_device: bool = False
+
+
+CASES = {  # by itemsize; every switch of every kernel is on in one case and off in another
+    2: (
+        Case(torch.bfloat16, 16),
+        Case(torch.bfloat16, 64, bias=True, lora_dtype=torch.float32, scaling_on_device=True),
+        Case(torch.bfloat16, 128),
+        Case(torch.bfloat16, 16, dropout_p=0.1),
+        Case(torch.bfloat16, 128, dropout_p=0.1),
+        Case(torch.bfloat16, 16, m=16),
+        Case(torch.bfloat16, 100, m=8191, n=4095, k=4097, aligned=False),
+        Case(torch.float16, 128),
+    ),
+    4: (
+        Case(torch.float32, 16),
+        Case(torch.float32, 128, bias=True),
+        Case(torch.float32, 16, dropout_p=0.1),
+        Case(torch.float32, 1, m=1001, n=999, k=1003, aligned=False),
+        Case(torch.float32, 64, tf32=True),
+    ),
+}
+
+
+class Variant(NamedTuple):
+    """A launch, with the architecture to compile it for."""
+
+    name: str
+    capability: int
+    kernel: Any
+    args: tuple
+    constants: dict
+    config: configs.Config
+    aligned: bool
+
+
+class Result(NamedTuple):
+    name: str
+    figures: dict | None
+    problems: list[str]
+
+
+def variants(capabilities=configs.ARCHITECTURES) -> list[Variant]:
+    """Every distinct launch of every case under every row of the tables, sorted by name."""
+    found = {}
+    for capability in capabilities:
+        for row in configs.architecture(capability).ROWS:
+            for case in CASES[row.itemsize]:
+                for kernel, args, constants, config in _launches(case, row, capability):
+                    name = _name(capability, kernel, args, constants, config)
+                    key = (constants, config, *map(launcher._specialization, args))
+                    variant, known = Variant(name, capability, kernel, args, constants, config, case.aligned), found.get(name)
+                    if known and known[0] != key:
+                        raise RuntimeError(f"two different launches are both called {name!r}")
+                    if known is None or case.aligned:
+                        found[name] = key, variant
+    return [variant for _, (_, variant) in sorted(found.items())]
+
+
+def _launches(case: Case, row: configs.Row, capability: int):
+    """The launches of `case` on sm_`capability`, with `row`'s tile for its kernel wherever that is legal."""
+    recorded = []
+    goal = backend.Target(capability, configs.architecture(capability).NUM_SMS, tma=capability >= 90)
+
+    def lookup(kernel, capability, itemsize, m, n, r, num_sms, dropout):
+        legal = configs.candidates(kernel, capability, itemsize, m, r, dropout)
+        return row.config if row in legal else configs.lookup(kernel, capability, itemsize, m, n, r, num_sms, dropout)
+
+    def record(kernel, grid, args, constants, config):
+        recorded.append((kernel, args, constants, config))
+
+    strategy = row.kernel if row.kernel in backend.STRATEGIES else "chained"
+    lora_dtype = case.lora_dtype or case.dtype
+    x, weight, dy = (_empty(case.dtype, *shape) for shape in ((case.m, case.k), (case.n, case.k), (case.m, case.n)))
+    lora_a, lora_b = _empty(lora_dtype, case.r, case.k), _empty(lora_dtype, case.n, case.r)
+    bias = _empty(case.dtype, case.n) if case.bias else None
+    scaling = _empty(torch.float32) if case.scaling_on_device else 2.0
+    dropout = (case.dropout_p, _empty(torch.int64) if case.dropout_p else None)
+    with (
+        mock.patch.object(backend, "target", lambda device: goal),
+        mock.patch.object(backend, "_lookup", lookup),
+        mock.patch.object(backend, "launch", record),
+        mock.patch.object(backend, "tf32_allowed", lambda: case.tf32),
+    ):
+        tma = backend.tma_applies(x, weight, lora_a, lora_b)
+        problem = Problem(
+            m=case.m, n=case.n, k=case.k, r=case.r, dtype=case.dtype, lora_dtype=lora_dtype, dropout=case.dropout_p > 0,
+            device="cuda", capability=capability, num_sms=goal.num_sms, tma=tma, tf32=case.tf32,
+        )  # fmt: skip
+        if backend.strategy_reasons_unsupported(strategy, problem):
+            return []
+        _, h = backend.forward(x, weight, bias, lora_a, lora_b, scaling, *dropout, strategy)
+        for needs in ((True, True, True), (False, False, True)):
+            backend.backward(dy, x, h, weight, lora_a, lora_b, scaling, *dropout, needs, strategy)
+    return recorded
+
+
+def _empty(dtype, *shape):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _name(capability, kernel, args, constants, config) -> str:
+    """Architecture, kernel, dtypes, constexprs, launch shape, and the integers that Triton could not take for aligned."""
+    dtypes = [SHORT.get(getattr(arg, "base", arg).dtype) for arg in args if hasattr(getattr(arg, "base", arg), "dtype")]
+    switches = {**constants, "ACC": False, "PRECISION": constants.get("PRECISION") == "tf32" and "tf32"}
+    settings = [name if value is True else f"{name}={value}" for name, value in switches.items() if value is not False]
+    integers = [(name, arg) for name, arg in zip(kernel.arg_names, args, strict=False) if isinstance(arg, int)]
+    settings += [f"one={name}" for name, arg in integers if arg == 1]
+    odd = ",".join(name for name, arg in integers if arg != 1 and arg % 16)
+    settings += [f"odd={odd}"] if odd else []
+    return " ".join(
+        (f"sm_{capability}", kernel.__name__, *dict.fromkeys(filter(None, dtypes)), *settings,
+         f"warps={config.num_warps}", f"stages={config.num_stages}")
+    )  # fmt: skip
+
+
+def check(variant: Variant) -> Result:
+    """Compile, measure and judge one variant."""
+    try:
+        code = machine_code.compile_launch(*variant[2:6], variant.capability)
+    except Exception as error:  # the compiler's own: none of its exceptions share a base class
+        return Result(variant.name, None, [f"does not compile: {type(error).__name__}: {str(error).strip()[:200]}"])
+    figures = machine_code.measure(code)
+    return Result(variant.name, asdict(figures), machine_code.judge(code, figures, variant.aligned))
+
+
+def regressions(figures: dict, recorded: dict | None) -> list[str]:
+    """How `figures` are worse than those in the record."""
+    if recorded is None:
+        return ["not in the record"]
+    worse = []
+    for name, value in figures.items():
+        before = recorded[name]
+        higher_is_better = name in ("buffers", "wait_depth", "async_copies", "narrowest_load")
+        if isinstance(value, dict) or value is None or before is None:
+            is_worse = value != before
+        else:
+            is_worse = value < before if higher_is_better else value > before
+        if is_worse:
+            worse.append(f"{name} was {before}, is {value}")
+    return worse
+
+
+def versions() -> dict[str, str]:
+    tools = {"ptxas": knobs.nvidia.ptxas, "ptxas_blackwell": knobs.nvidia.ptxas_blackwell}
+    return {"triton": triton.__version__, **{name: tool.version for name, tool in tools.items()}}
+
+
+def write_record(path: Path, results: dict[str, dict]):
+    """One line per variant, so that a diff reads as a list of what changed."""
+    lines = [f"{json.dumps(name)}: {json.dumps(figures, separators=(',', ':'))}" for name, figures in sorted(results.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"versions": {json.dumps(versions())},\n"variants": {{\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the gate; 1 if a variant has a problem or is worse than in the record."""
+    parser = argparse.ArgumentParser(prog="python -m lora_kernels compile", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, choices=configs.ARCHITECTURES, action="append", help="only this one (repeatable)")
+    parser.add_argument("-k", metavar="WORDS", default="", help="only variants whose name has all these words")
+    parser.add_argument("--update", action="store_true", help="record the figures instead of comparing with the record")
+    parser.add_argument("--record", type=Path, default=RECORD, help="the record (default: that of the checkout)")
+    parser.add_argument("--all", action="store_true", help="list every variant, not only those with problems")
+    options = parser.parse_args(argv)
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    chosen = [v for v in variants(options.arch or configs.ARCHITECTURES) if all(w in v.name.split() for w in options.k.split())]
+    if not chosen:
+        parser.error(f"no variant matches -k {options.k!r}")
+    results = _check_all(chosen)
+    record = json.loads(options.record.read_text()) if options.record.exists() else {"versions": versions(), "variants": {}}
+    if options.update:
+        narrowed = options.arch or options.k
+        kept = record["variants"] if narrowed else {}
+        write_record(options.record, kept | {r.name: r.figures for r in results if r.figures})
+    elif record["versions"] != versions():
+        print(f"recorded with {record['versions']}, but this is {versions()}: figures are not compared")
+    else:
+        compared = [(r, regressions(r.figures, record["variants"].get(r.name))) for r in results if r.figures]
+        results = [*(r for r in results if not r.figures), *(r._replace(problems=r.problems + worse) for r, worse in compared)]
+    _print(results, options.all)
+    return int(any(result.problems for result in results))
+
+
+def _check_all(chosen: list[Variant]) -> list[Result]:
+    from rich.progress import track
+
+    # fork: a variant holds kernels and constexprs, which do not pickle; its results do.
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork"), _adopt, (chosen,)) as pool:
+        return list(track(pool.map(_check_adopted, range(len(chosen))), "compiling", total=len(chosen)))
+
+
+_adopted: list[Variant] = []
+
+
+def _adopt(chosen):
+    _adopted[:] = chosen
+
+
+def _check_adopted(index):
+    return check(_adopted[index])
+
+
+def _print(results, all_variants):
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("variant", *(name.replace("_", "\n") for name in machine_code.Figures.__dataclass_fields__), "problems")
+    for name, figures, problems in sorted(results):
+        if problems or all_variants:
+            cells = (figures or dict.fromkeys(machine_code.Figures.__dataclass_fields__)).values()
+            table.add_row(name, *map(_cell, cells), "[red]" + "\n".join(problems))
+    console = Console()
+    if table.row_count:
+        console.print(table)
+    failed = sum(bool(result.problems) for result in results)
+    console.print(f"{len(results)} variants, {failed} with problems")
+
+
+def _cell(value) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name} x{count}" for name, count in value.items())
+    return "" if value is None else str(value)
