@@ -77,11 +77,14 @@ def random_case(rng: random.Random, limit: int = 96, dtypes=(*HALF, torch.float3
     bias = rng.random() < 0.4
     trainable = TRAINABLE if bias else ("x", "lora_a", "lora_b")
     needs = trainable if rng.random() < 0.6 else tuple(name for name in trainable if rng.random() < 0.6)
+    n, k = size(1), size(1)
     r = rng.choice((rng.randint(1, 16), rng.randint(1, 64), rng.choice((1, 4, 13, 16, 40, 64, 100, 130, 512))))
+    if rng.random() < 0.4:  # what TMA can address
+        n, k, r = (-(-extent // 8) * 8 for extent in (n, k, r))
     return Case(
         m=size(0),
-        n=size(1),
-        k=size(1),
+        n=n,
+        k=k,
         r=r,
         dtype=dtype,
         lora_dtype=torch.float32 if dtype in HALF and rng.random() < 0.25 else None,
@@ -288,7 +291,7 @@ def _independent_roundings(case, name):
     counts = [{"y": m * n, "h": m * r, "dx": m * k, "da": r * k, "db": n * r}[name], m * r]
     if case.lora_dtype not in (None, case.dtype):
         counts += [r * k, n * r]
-    return max(1, min(counts))
+    return max(1.0, min(counts) * (1.0 - case.dropout_p))
 
 
 def _expected(case, tensors):
