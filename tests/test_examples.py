@@ -1,0 +1,39 @@
+"""Every example runs as it stands, and does what it says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ARGUMENTS = {"finetune_tiny.py": ["--steps", "40"]}
+
+
+def run(name):
+    root = str(EXAMPLES.parent)
+    environment = os.environ | {"PYTHONPATH": root, "LORA_KERNELS_BACKEND": "eager"}
+    command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_short(path):
+    assert len(path.read_text().splitlines()) < 80
+
+
+def test_finetune_tiny():
+    said = run("finetune_tiny.py")
+    for first, last in re.findall(r"loss ([\d.]+) -> ([\d.]+)", said):
+        assert float(last) < float(first)
+    assert said.count("->") == 2 and "parameters train" in said
+
+
+def test_share_with_peft():
+    pytest.importorskip("peft")
+    there, back, effect = map(float, re.findall(r"\d\.\de[+-]\d\d", run("share_with_peft.py")))
+    assert max(there, back) < 1e-5 < effect
