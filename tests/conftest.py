@@ -1,8 +1,8 @@
 """What every test shares: the device, the strategies that run in this process, an interpreter that can be trusted."""
 
+import contextlib
 import os
 
-import hypothesis
 import pytest
 import torch
 
@@ -13,9 +13,12 @@ DEVICE = os.environ.get("LORA_KERNELS_TEST_DEVICE", "cpu")
 INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("default", deadline=None, max_examples=20, derandomize=True, database=None)
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+with contextlib.suppress(ImportError):  # a machine with a GPU may have torch and pytest only
+    from hypothesis import settings
+
+    settings.register_profile("default", deadline=None, max_examples=20, derandomize=True, database=None)
+    settings.register_profile("thorough", deadline=None, max_examples=500)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def supports(case, backend, strategy) -> bool:
