@@ -11,7 +11,9 @@ from lora_kernels import demo
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in demo.MODULES), reason="needs the demo extra"
 )
-RECIPE = demo.Recipe(steps=6, window=32, held_out=4, compared_steps=2, new_tokens=4, r=4, learning_rate=1e-2)
+RECIPE = demo.Recipe(
+    steps=6, window=32, held_out=4, evaluations=3, compared_steps=2, new_tokens=4, r=4, learning_rate=1e-2
+)
 
 
 class Bytes:
