@@ -34,10 +34,10 @@ def _driver():
 
 def _specialization(arg):
     """What Triton compiles differently for, and nothing else."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):
         return arg == 1, arg % 16 == 0, arg >= 2**31
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
     if arg is None or isinstance(arg, float):
         return type(arg)
     return arg.base.dtype, *arg.block_shape

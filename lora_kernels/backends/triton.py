@@ -385,7 +385,10 @@ def _on_16_bytes(*matrices) -> bool:
 def _operand(matrix, block, tma=True):
     if not tma:
         return matrix
-    return _kernels().TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], list(block))
+    descriptor = object.__new__(_kernels().TensorDescriptor)  # __init__ would check again what _on_16_bytes has
+    descriptor.base, descriptor.shape, descriptor.strides = matrix, list(matrix.shape), [matrix.stride(0), 1]
+    descriptor.block_shape, descriptor.padding = list(block), "zero"
+    return descriptor
 
 
 def _weight_operand(w, kn, config, tma=True):
