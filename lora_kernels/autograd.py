@@ -1,7 +1,6 @@
 """The autograd Function of the eager path: what is saved, and which gradients are computed."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import dispatch
 
@@ -30,14 +29,41 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, h, weight, lora_a, lora_b, seed, bias = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         needs = (needs_x, needs_a, needs_b)
-        dx, da, db = ctx.plan.backward(dy, x, h, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
-        dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
+        with torch.no_grad():
+            dx, da, db = ctx.plan.backward(dy, x, h, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
+            dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
+        if torch.is_grad_enabled():  # create_graph=True
+            dx, dbias, da, db = OnceDifferentiable.apply(dx, dbias, da, db, dy, x, lora_a, lora_b)
         return dx, None, dbias, da, db, None, None, None, None
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """Returns the first four arguments, and raises where they are differentiated again, in whatever they depend on.
+
+    PyTorch's `once_differentiable` looks at dy alone, so that a gradient penalty on a dx that depends on a trained B
+    would silently be worth nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, dx, dbias, da, db, *depends_on):
+        return dx, dbias, da, db
+
+    @staticmethod
+    def backward(ctx, *grads):
+        no_double_backward(ctx, *grads)
+
+
+def no_double_backward(ctx, *grads):
+    raise NotImplementedError("lora_linear: no double backward; compute second derivatives with lora_kernels.reference")
+
+
+def autocasts(x) -> bool:
+    """Whether autocast applies to x; it leaves fp64 alone, as everywhere in PyTorch."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def bias_gradient(dy):

@@ -1,4 +1,4 @@
-"""The functions people call: check the arguments, flatten the leading dimensions, hand over to autograd or the operator."""
+"""The functions people call: check the arguments, flatten the leading dimensions, go to autograd or the operator."""
 
 import math
 
@@ -48,14 +48,14 @@ def lora_linear(
     >>> torch.allclose(y, x @ weight.T, atol=1e-4)  # B = 0: the base layer
     True
     """
-    _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p)
-    if torch.is_autocast_enabled(x.device.type):
+    _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, strategy)
+    if autograd.autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     rows = x.reshape(-1, x.shape[-1])
     if ops.must_trace(x):
-        scaling = scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=torch.float32)
+        scaling = scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=torch.float64)
         y, _ = ops.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
     else:
         y = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
@@ -63,19 +63,22 @@ def lora_linear(
 
 
 def draw_seed(device) -> Tensor:
-    """A dropout seed, drawn on the device so that CUDA graphs and checkpointing replay it like any other random draw."""
+    """A dropout seed, drawn on the device: CUDA graphs and checkpointing replay it like any other random draw."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p):
+def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, strategy):
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}: got layout {tensor.layout}, expected torch.strided")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+            raise TypeError(f"{name}: got a {kind}, expected a dense one (call .to_dense() or pad it)")
+        if tensor.is_neg():
+            raise TypeError(f"{name}: got a lazily negated view, expected plain memory (call .resolve_neg())")
         if tensor.device.type == "meta":
             raise ValueError(f"{name}: got a meta tensor, expected one with data (materialise the model first)")
         if tensor.device != x.device:
@@ -83,6 +86,9 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p):
     _check_shapes(x, weight, lora_a, lora_b, bias)
     _check_dtypes(x, weight, lora_a, lora_b, bias)
     _check_scaling(scaling, x)
+    for name, choice in (("backend", backend), ("strategy", strategy)):
+        if not isinstance(choice, (str, type(None))):
+            raise TypeError(f"{name}: got {type(choice).__name__}, expected a name or None")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a float in [0, 1)")
     if not 0.0 <= dropout_p < 1.0:
@@ -116,7 +122,7 @@ def _check_shapes(x, weight, lora_a, lora_b, bias):
 def _check_dtypes(x, weight, lora_a, lora_b, bias):
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autograd.autocasts(x)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype and not (autocast and tensor.dtype in DTYPES):
             raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x (cast one, or use torch.autocast)")
@@ -134,7 +140,7 @@ def _check_scaling(scaling, x):
                 "expected a float or a 0-d floating-point tensor"
             )
         if scaling.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError("scaling: requires grad, but there is no gradient for scaling; detach it")
+            raise ValueError("scaling: requires grad, expected a constant, since it gets no gradient (call .detach())")
         if scaling.device.type == "meta" or scaling.device not in (x.device, torch.device("cpu")):
             raise ValueError(f"scaling: got device {scaling.device}, expected {x.device}, as x, or cpu")
         if scaling.device.type != "cpu" or torch.compiler.is_compiling():

@@ -1,15 +1,15 @@
 """The registered operators: what torch.compile, torch.export and selective checkpointing see as one node.
 
-`lora_kernels::lora_linear(x [M,K], weight [N,K], bias [N]?, lora_a [R,K], lora_b [N,R], scaling [], dropout_p, seed []?,
-backend?, strategy?) -> (y [M,N], h [M,R])`, and its backward. Eager calls go through `autograd` instead, because crossing
-the dispatcher costs more than launching the kernel.
+`lora_kernels::lora_linear(x [M,K], weight [N,K], bias [N]?, lora_a [R,K], lora_b [N,R], scaling [], dropout_p,
+seed []?, backend?, strategy?) -> (y [M,N], h [M,R])`, and its backward. Eager calls go through `autograd` instead,
+because crossing the dispatcher costs more than launching the kernel.
 """
 
 import torch
 from torch import Tensor
 
 from lora_kernels import dispatch
-from lora_kernels.autograd import bias_gradient
+from lora_kernels.autograd import autocasts, bias_gradient, no_double_backward
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
@@ -81,13 +81,9 @@ def _autograd(ctx, dy, _):
     return dx, None, dbias, da, db, None, None, None, None, None
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("lora_linear: no double backward; compute second derivatives with lora_kernels.reference")
-
-
 def _autocast(device_type):
     def run(x, weight, bias, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocasts(x) else x.dtype
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(f"Autocast{device_type.upper()}")):
             return lora_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
 
@@ -101,6 +97,6 @@ for _name, _impl, _fake in (
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)
 torch.library.register_autograd("lora_kernels::lora_linear", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("lora_kernels::lora_linear_backward", _no_double_backward, lib=_library)
+torch.library.register_autograd("lora_kernels::lora_linear_backward", no_double_backward, lib=_library)
 for _device in ("cpu", "cuda"):
     _library.impl("lora_linear", _autocast(_device), f"Autocast{_device.upper()}")
