@@ -77,7 +77,7 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, strateg
         if tensor.layout != torch.strided or tensor.is_nested:
             kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
             raise TypeError(f"{name}: got a {kind}, expected a dense one (call .to_dense() or pad it)")
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():  # Dynamo cannot trace it; the operator resolves it
             raise TypeError(f"{name}: got a lazily negated view, expected plain memory (call .resolve_neg())")
         if tensor.device.type == "meta":
             raise ValueError(f"{name}: got a meta tensor, expected one with data (materialise the model first)")
