@@ -8,6 +8,7 @@ import argparse
 import copy
 import importlib.metadata
 import importlib.util
+import io
 import os
 import pydoc_data.topics
 import statistics
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None, load=None, recipe: Recipe | None = None)
     if missing:
         print(f"demo: needs {', '.join(missing)}; install with: {INSTALL}", file=sys.stderr)
         return 1
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # everything is here, and one progress bar is enough
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is here
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.manual_seed(0)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,8 @@ def load_smollm2(out: Path):
     if not cache.is_dir():
         gguf = _gguf_files()[0]
         source, options = gguf.parent, {"gguf_file": gguf.name}
-        with tempfile.TemporaryDirectory(dir=out) as temporary:
+        print(f"Converting {gguf.name} to {cache}, once")
+        with tempfile.TemporaryDirectory(dir=out) as temporary, redirect_stderr(io.StringIO()):  # its progress bars
             half = Path(temporary, "model")
             AutoTokenizer.from_pretrained(source, **options).save_pretrained(half)
             options |= {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
@@ -201,9 +203,10 @@ def read_texts() -> dict[str, str]:
 def make_corpus(text, tokenizer, recipe, device) -> Corpus:
     ids = torch.tensor(tokenizer.encode(text), device=device)
     windows = ids[: len(ids) // recipe.window * recipe.window].view(-1, recipe.window)
-    train, held_out = windows[: -recipe.held_out], windows[-recipe.held_out :]
-    generator = torch.Generator().manual_seed(0)
-    return Corpus(train[torch.randperm(len(train), generator=generator)], held_out)
+    held_out = torch.zeros(len(windows), dtype=torch.bool)
+    held_out[torch.linspace(0, len(windows) - 1, recipe.held_out).long()] = True
+    train = windows[~held_out]
+    return Corpus(train[torch.randperm(len(train))], windows[held_out])
 
 
 def describe(report, model, recipe):
@@ -316,8 +319,8 @@ def plot(losses, path):
         )
         axes.plot(list(loss.held_out), list(loss.held_out.values()), f"C{colour}o-", label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Two LoRA adapters on all linear layers")
-    axes.legend()
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=len(losses))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
