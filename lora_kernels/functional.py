@@ -148,5 +148,5 @@ def _check_scaling(scaling, x):
         scaling = float(scaling)
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling: got {type(scaling).__name__}, expected a float or a 0-d tensor")
-    if not (math.isfinite(scaling) and scaling >= 0.0):
+    if not 0.0 <= scaling < math.inf:
         raise ValueError(f"scaling: got {scaling}, expected a finite number >= 0")

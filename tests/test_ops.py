@@ -116,6 +116,13 @@ def test_compiles_into_one_graph_for_every_m_and_scaling():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "recompiled"
 
 
+def test_compiles_again_for_another_float():
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    t = tensors(CASES["plain"])
+    for scaling in (2.0, 0.5, 0.25):
+        torch.testing.assert_close(compiled(**t, scaling=scaling), layer(**t, scaling=scaling))
+
+
 def test_compiles_with_dropout():
     """The mask is drawn in the graph, so the same seed gives the same y, and forward and backward agree on it."""
     t = tensors(Case(40, 6, 200, 3, dropout_p=0.5))
