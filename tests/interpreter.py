@@ -45,6 +45,12 @@ def _probe(a, b, dot, total, rounded, less, BLOCK: tl.constexpr):
     tl.store(less + offs, (a_tile < b_tile).to(tl.int32))
 
 
+@triton.jit
+def cast_kernel(source, out, SIZE, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out + offs, tl.load(source + offs, mask=offs < SIZE).to(out.dtype.element_ty), mask=offs < SIZE)
+
+
 def _assert_mended():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 16, 16, generator=generator).bfloat16()

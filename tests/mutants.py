@@ -143,6 +143,16 @@ class ScalingIgnored(Model):
         return t
 
 
+class AdapterDropped(Model):
+    """y is the base layer's: at this scaling `allclose(atol=5e-2)` would not mind."""
+
+    rejected = "^y: "
+    case: ClassVar[dict] = {"scaling": 0.01}
+
+    def h_used(self, h, dtype):
+        return torch.zeros_like(h, dtype=dtype)
+
+
 class BiasIgnored(Model):
     """y has no bias."""
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import mutants
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import DEVICE, INTERPRETED
 
-from lora_kernels import testing
+from lora_kernels import reference, testing
 from lora_kernels.backends import BACKENDS, launcher, triton
 
 PROBLEM = testing.Case(33, 40, 80, 8, scaling=0.75, bias=True, dropout_p=0.25, needs=testing.TRAINABLE, seed=5)
@@ -43,6 +43,16 @@ def test_the_model_is_accepted(monkeypatch, check, like, dtype):
 def test_a_broken_backend_is_rejected(check, mutant, dtype):
     with pytest.raises(AssertionError, match=mutant.rejected):
         check(mutant, dtype=dtype)
+
+
+def test_allclose_would_accept_what_the_judge_rejects(check):
+    """The adapter's term beside a base term a hundred times its size: why every case also runs with W = 0."""
+    t = testing.make_tensors(replace(PROBLEM, dtype=torch.float32, scaling=0.01), DEVICE)
+    base = torch.nn.functional.linear(t.x, t.weight, t.bias)
+    whole = reference.lora_linear(t.x, t.weight, t.lora_a, t.lora_b, 0.01, t.bias)
+    assert torch.allclose(base, whole, atol=5e-2)
+    with pytest.raises(AssertionError, match="^y: "):
+        check(mutants.AdapterDropped, dtype=torch.float32)
 
 
 class KernelMutant(NamedTuple):
@@ -174,6 +184,7 @@ KERNEL_MUTANTS = (
 )
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what lies beyond a mask
 @pytest.mark.skipif(not INTERPRETED, reason="a wild store on a GPU would harm other tests")
 @pytest.mark.parametrize(
     "mutant", KERNEL_MUTANTS, ids=lambda mutant: f"{mutant.strategy}-{mutant.name}".replace(" ", "_")
