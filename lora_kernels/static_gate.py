@@ -56,6 +56,7 @@ CASES = {  # by itemsize; every switch of every kernel is on in one case and off
         Case(torch.bfloat16, 16, dropout_p=0.1),
         Case(torch.bfloat16, 128, dropout_p=0.1),
         Case(torch.bfloat16, 16, m=16),
+        Case(torch.bfloat16, 13, m=8191, n=4095, k=4097, aligned=False),
         Case(torch.bfloat16, 100, m=8191, n=4095, k=4097, aligned=False),
         Case(torch.float16, 128),
     ),
@@ -109,9 +110,9 @@ def _launches(case: Case, row: configs.Row, capability: int):
     recorded = []
     goal = backend.Target(capability, configs.architecture(capability).NUM_SMS, tma=capability >= 90)
 
-    def lookup(kernel, capability, itemsize, m, n, r, num_sms, dropout):
-        legal = configs.candidates(kernel, capability, itemsize, m, r, dropout)
-        return row.config if row in legal else configs.lookup(kernel, capability, itemsize, m, n, r, num_sms, dropout)
+    def lookup(kernel, capability, itemsize, m, n, r, num_sms, dropout, aligned):
+        legal = configs.candidates(kernel, capability, itemsize, m, r, dropout, aligned)
+        return row.config if row in legal else configs.lookup(kernel, capability, itemsize, m, n, r, num_sms, dropout, aligned)
 
     def record(kernel, grid, args, constants, config):
         recorded.append((kernel, args, constants, config))
@@ -174,7 +175,7 @@ def check(variant: Variant) -> Result:
 def regressions(figures: dict, recorded: dict | None) -> list[str]:
     """How `figures` are worse than those in the record."""
     if recorded is None:
-        return ["not in the record"]
+        return ["not in the record (add it with --update)"]
     worse = []
     for name, value in figures.items():
         before = recorded[name]

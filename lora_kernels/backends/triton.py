@@ -138,9 +138,10 @@ def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
     r, n = b.shape
     y = x.new_empty(m, n)
     goal = target(x.device)
-    config = _config("extended", x, n, r, dropout_p)
     w, kn = _stored(w)
-    tma = goal.tma and _on_16_bytes(x, w, y)
+    aligned = _on_16_bytes(x, w, y)
+    config = _config("extended", x, n, r, dropout_p, aligned)
+    tma = goal.tma and aligned
     block_r = _block_r(r, cap=64)
     operands = (_operand(x, (config.block_m, config.block_k), tma), _weight_operand(w, kn, config, tma))
     out = _operand(y, (config.block_m, config.block_n // (2 if config.halves else 1)), tma)
@@ -322,9 +323,9 @@ def _on(device):
     return torch.cuda.device(device)
 
 
-def _config(kernel, x, n, r, dropout_p=0.0):
+def _config(kernel, x, n, r, dropout_p=0.0, aligned=True):
     goal = target(x.device)
-    return _lookup(kernel, goal.capability, x.element_size(), x.shape[0], n, r, goal.num_sms, dropout_p > 0.0)
+    return _lookup(kernel, goal.capability, x.element_size(), x.shape[0], n, r, goal.num_sms, dropout_p > 0.0, aligned)
 
 
 _lookup = functools.lru_cache(maxsize=4096)(configs.lookup)

@@ -33,7 +33,8 @@ class Config:
 class Row:
     """One line of a table: `kernel` for `itemsize`-byte elements and ranks up to `max_rank`; `efficiency` is modelled.
 
-    `dropout=False` marks a tile that would spill registers with a dropout mask in its epilogue.
+    `dropout=False` marks a tile that would spill registers with a dropout mask in its epilogue, `unaligned=False` one that
+    would where rows do not begin on 16-byte boundaries, since tiles then pass through registers two bytes at a time.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Row:
     max_rank: int = 512
     max_m: int = 2**31
     dropout: bool = True
+    unaligned: bool = True
     efficiency: float = 1.0
 
 
@@ -51,7 +53,9 @@ def architecture(capability: int):
     return importlib.import_module(f"lora_kernels.configs.sm{known}" if known else "lora_kernels.configs.interpreter")
 
 
-def candidates(kernel: str, capability: int, itemsize: int, m: int, r: int, dropout: bool = False) -> list[Row]:
+def candidates(
+    kernel: str, capability: int, itemsize: int, m: int, r: int, dropout: bool = False, aligned: bool = True
+) -> list[Row]:
     """Every row that is legal for the problem, in the order of the table."""
     return [
         row
@@ -61,12 +65,15 @@ def candidates(kernel: str, capability: int, itemsize: int, m: int, r: int, drop
         and r <= row.max_rank
         and m <= row.max_m
         and (row.dropout or not dropout)
+        and (row.unaligned or aligned)
     ]
 
 
-def lookup(kernel, capability, itemsize, m: int, n: int, r: int, num_sms: int, dropout: bool = False) -> Config:
+def lookup(
+    kernel, capability, itemsize, m: int, n: int, r: int, num_sms: int, dropout: bool = False, aligned: bool = True
+) -> Config:
     """The config for `kernel` on `[m, n]` outputs with rank `r`; raises LookupError if the table has no row for it."""
-    rows = candidates(kernel, capability, itemsize, m, r, dropout)
+    rows = candidates(kernel, capability, itemsize, m, r, dropout, aligned)
     if not rows:
         raise LookupError(f"no {kernel} row for capability {capability}, {itemsize}-byte elements, m={m}, r={r}")
     return min(rows, key=lambda row: _waves_cost(row, m, n, num_sms)).config

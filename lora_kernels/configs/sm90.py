@@ -7,10 +7,11 @@ FLOPS, BANDWIDTH = 788e12, 4.3e12  # read on an H200: cuBLAS bf16 8192³ on rand
 
 ROWS = (
     Row("shrink", Config(64, block_k=128, num_warps=4, num_stages=4), max_rank=64),
-    Row("shrink", Config(64, block_k=64, num_warps=4, num_stages=4)),
-    Row("extended", Config(128, 256, 64, num_warps=8, num_stages=4, halves=True), dropout=False),
-    Row("extended", Config(128, 128, 64, num_warps=8, num_stages=4), efficiency=0.92),
-    Row("extended", Config(64, 128, 64, num_warps=4, num_stages=4), efficiency=0.8),
+    Row("shrink", Config(64, block_k=64, num_warps=8, num_stages=4)),
+    Row("extended", Config(128, 256, 64, num_warps=8, num_stages=4, halves=True), dropout=False, unaligned=False),
+    Row("extended", Config(128, 128, 64, num_warps=8, num_stages=4), unaligned=False, efficiency=0.92),
+    Row("extended", Config(64, 128, 64, num_warps=4, num_stages=4), unaligned=False, efficiency=0.8),
+    Row("extended", Config(64, 128, 32, num_warps=8, num_stages=2), efficiency=0.5),
     Row("single_pass", Config(128, 256, 64, num_warps=8, num_stages=3, halves=True), max_rank=64),
     Row("single_pass", Config(128, 128, 64, num_warps=8, num_stages=4), max_rank=64, efficiency=0.92),
     Row("single_pass", Config(64, 64, 128, num_warps=4, num_stages=4), max_rank=64, efficiency=0.7),
@@ -20,9 +21,9 @@ ROWS = (
     Row("dy_pass", Config(64, 256, num_warps=8, num_stages=3), max_rank=32),
     Row("wgrad", Config(64, 128, num_warps=4, num_stages=4), max_rank=64),
     Row("wgrad", Config(64, 128, num_warps=8, num_stages=3)),
-    Row("shrink", Config(32, block_k=32, num_warps=4, num_stages=3), itemsize=4),
-    Row("extended", Config(64, 64, 32, num_warps=4, num_stages=3), itemsize=4),
-    Row("single_pass", Config(64, 64, 32, num_warps=4, num_stages=3), itemsize=4, max_rank=64),
+    Row("shrink", Config(32, block_k=32, num_warps=8, num_stages=3), itemsize=4),
+    Row("extended", Config(64, 64, 32, num_warps=8, num_stages=3), itemsize=4),
+    Row("single_pass", Config(32, 64, 16, num_warps=4, num_stages=3), itemsize=4, max_rank=64),
     Row("dy_pass", Config(32, 64, num_warps=4, num_stages=2), itemsize=4, max_rank=32),
     Row("wgrad", Config(32, 64, num_warps=4, num_stages=2), itemsize=4),
 )
