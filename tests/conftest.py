@@ -66,7 +66,7 @@ def device():
     return DEVICE
 
 
-@pytest.fixture(params=STRATEGIES, ids="-".join)
+@pytest.fixture(params=STRATEGIES, ids="-".join, scope="session")
 def pair(request):
     """A (backend, strategy) that runs in this process."""
     return request.param
