@@ -14,9 +14,10 @@ INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 torch.set_num_threads(1)
 with contextlib.suppress(ImportError):  # a machine with a GPU may have torch and pytest only
-    from hypothesis import settings
+    from hypothesis import Phase, settings
 
-    settings.register_profile("default", deadline=None, max_examples=20, derandomize=True, database=None)
+    quick = {"max_examples": 20, "derandomize": True, "database": None, "phases": [Phase.explicit, Phase.generate]}
+    settings.register_profile("default", deadline=None, **quick)  # shrinking takes minutes in the interpreter
     settings.register_profile("thorough", deadline=None, max_examples=500)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

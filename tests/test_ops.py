@@ -99,6 +99,11 @@ def test_operator_and_function_give_the_same_bits(case):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_h_is_no_way_around_the_gradient():
+    y, h = op(*arguments(tensors(CASES["plain"])))
+    assert y.requires_grad and not h.requires_grad
+
+
 def layer(x, weight, bias, lora_a, lora_b, scaling, dropout_p=0.0):
     y = lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
     return torch.nn.functional.gelu(y) + 1.0
