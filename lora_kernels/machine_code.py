@@ -82,7 +82,8 @@ def compile_launch(kernel, args: tuple, constants: dict, config, capability: int
 
 
 def measure(code: Code) -> Figures:
-    instructions = _disassemble(code.asm["cubin"])
+    has_mma = any(dot.tensor_core for loop in _dot_loops(code.asm["ttir"]) for dot in loop.dots)
+    instructions = _disassemble(code.asm["cubin"]) if has_mma else []  # a third of the time goes into this
     loops = _innermost([loop for loop in _loops(instructions) if _count(loop, MMA)])
     loops = [loop for loop in loops if _count(loop, ASYNC_COPY)] or loops
     body = [instruction for loop in loops for instruction in loop]
@@ -90,10 +91,10 @@ def measure(code: Code) -> Figures:
     stack, stored, loaded = map(int, used.groups())
     return Figures(
         registers=int(re.search(r"Used (\d+) registers", code.ptxas_log)[1]),
-        spills=max(stored + loaded, 4 * _count(instructions, ("LDL", "STL"))),
+        spills=stored + loaded,
         stack=stack,
         shared=code.metadata.shared,
-        mma=dict(collections.Counter(re.match(r"\w+(\.\d\w+)?", i.opcode)[0] for i in body if i.opcode.startswith(MMA))),
+        mma=dict(collections.Counter(_mma_name(i.opcode) for i in body if i.opcode.startswith(MMA))),
         buffers=max(map(int, _BUFFERS.findall(code.asm["ttgir"])), default=1),
         wait_depth=min((int(n, 16) for i in body for n in re.findall(r"gsb0,0x(\w+)", i.operands)), default=None),
         async_copies=_count(body, ASYNC_COPY),
@@ -121,11 +122,12 @@ def judge(code: Code, figures: Figures, aligned: bool = True) -> list[str]:
 
 
 def _judge_main_loops(code, figures, aligned):
-    """Half precision only: wgmma takes tf32 operands only K-major, so half of the tf32 products go through registers."""
+    """Half precision only: wgmma takes tf32 operands K-major alone, so half of those go through registers."""
     loops = [loop for loop in _dot_loops(code.asm["ttir"]) if any(dot.half for dot in loop.dots)]
     dots = [dot for loop in loops for dot in loop.dots]
     missing = {_wanted_mma(dot, code) for dot in dots} - figures.mma.keys()
-    problems = [f"no {name} in the main loop, only {', '.join(figures.mma) or 'scalar code'}" for name in sorted(missing)]
+    found = ", ".join(figures.mma) or "scalar code"
+    problems = [f"no {name} in the main loop, only {found}" for name in sorted(missing)]
     if not aligned or not any((loop.num_stages or code.metadata.num_stages) > 1 for loop in loops):
         return problems
     if not figures.async_copies or figures.buffers < 2:
@@ -150,6 +152,7 @@ class _Dot(NamedTuple):
     m: int
     n: int
     half: bool
+    tensor_core: bool
     accumulates: bool
 
 
@@ -186,7 +189,8 @@ def _dot_loops(ttir) -> list[_Region]:
         elif dot := _DOT.search(line):
             accumulator, dtype, m, n = dot.groups()
             carried = any(accumulator in region.carried for region in stack)
-            stack[-1].dots.append(_Dot(int(m), int(n), dtype in ("f16", "bf16"), carried))
+            half = dtype in ("f16", "bf16")
+            stack[-1].dots.append(_Dot(int(m), int(n), half, half or "= tf32" in line, carried))
     return loops
 
 
@@ -240,20 +244,21 @@ def _disassemble(cubin: bytes) -> list[_Instruction]:
 
 def _loops(instructions) -> list[list[_Instruction]]:
     """The natural loops: for every branch back to a block that dominates it, the blocks between the two."""
-    starts = {instructions[0].address, *(i.target for i in instructions if i.target is not None)}
+    starts = {0} | {i.target for i in instructions if i.target is not None}
     starts |= {after.address for i, after in pairwise(instructions) if i.target is not None or not i.falls_through}
-    blocks = collections.defaultdict(list)
+    blocks = {}
     for i in instructions:
-        start = i.address if i.address in starts else start  # noqa: F821
-        blocks[start].append(i)
-    successors = {start: [] for start in blocks}
-    for (start, block), after in zip(blocks.items(), [*list(blocks)[1:], None], strict=True):
-        if block[-1].target in blocks:
-            successors[start].append(block[-1].target)
-        if block[-1].falls_through and after is not None:
-            successors[start].append(after)
+        if i.address in starts:
+            block = blocks[i.address] = []
+        block.append(i)
+    following = dict(pairwise(blocks))
+    successors = {}
+    for start, block in blocks.items():
+        last = block[-1]
+        reached = (last.target, following.get(start) if last.falls_through else None)
+        successors[start] = [block for block in reached if block in blocks]
     predecessors = {start: [b for b in blocks if start in successors[b]] for start in blocks}
-    dominators = _dominators(list(blocks), predecessors)
+    dominators = _dominators(blocks, predecessors)
     loops = []
     for tail in blocks:
         for head in successors[tail]:
@@ -269,16 +274,15 @@ def _loops(instructions) -> list[list[_Instruction]]:
 
 
 def _dominators(blocks, predecessors):
-    dominators = {block: set(blocks) if predecessors[block] else {block} for block in blocks}
-    dominators[blocks[0]] = {blocks[0]}
+    entries = {block for block in blocks if block == 0 or not predecessors[block]}
+    dominators = {block: {block} if block in entries else set(blocks) for block in blocks}
     changed = True
     while changed:
         changed = False
-        for block in blocks[1:]:
-            if predecessors[block]:
-                new = {block} | set.intersection(*(dominators[p] for p in predecessors[block]))
-                changed |= new != dominators[block]
-                dominators[block] = new
+        for block in dominators.keys() - entries:
+            new = {block} | set.intersection(*(dominators[p] for p in predecessors[block]))
+            changed |= new != dominators[block]
+            dominators[block] = new
     return dominators
 
 
@@ -288,6 +292,11 @@ def _innermost(loops):
 
 def _count(instructions, opcodes) -> int:
     return sum(i.opcode.startswith(opcodes) for i in instructions)
+
+
+def _mma_name(opcode) -> str:
+    """`HGMMA.64x256x16` of `HGMMA.64x256x16.F32.BF16`."""
+    return re.match(r"\w+(\.\d\w+)?", opcode)[0]
 
 
 def _load_bytes(opcode) -> int:

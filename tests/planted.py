@@ -1,4 +1,4 @@
-"""GEMM kernels for the static gate: two that are right, and the same with one planted defect each (docs/static_gate.md).
+"""GEMM kernels for the static gate: two that are right, and the same with one planted defect each.
 
 All compute `y [M,N] = x [M,K] w [N,K]ᵀ`. They are compiled, never run.
 """
@@ -38,10 +38,10 @@ def _pointer_gemm(x, w, y, K, stride_xm, stride_wn, stride_ym, BLOCK_M, BLOCK_N,
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(tl.maximum(tl.cdiv(K, BLOCK_K), 1)):
-        in_k = offs_k + k * BLOCK_K < K
-        x_tile = tl.load(x + offs_m * stride_xm + (offs_k + k * BLOCK_K)[None, :], mask=in_k[None, :], other=0.0)
-        w_tile = tl.load(w + offs_n[None, :] * stride_wn + (offs_k + k * BLOCK_K)[:, None], mask=in_k[:, None], other=0.0)
+    for i in range(tl.maximum(tl.cdiv(K, BLOCK_K), 1)):
+        k = i * BLOCK_K + offs_k
+        x_tile = tl.load(x + offs_m * stride_xm + k[None, :], mask=k[None, :] < K, other=0.0)
+        w_tile = tl.load(w + offs_n[None, :] * stride_wn + k[:, None], mask=k[:, None] < K, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc)
     tl.store(y + offs_m * stride_ym + offs_n[None, :], acc.to(y.dtype.element_ty))
 

@@ -162,10 +162,11 @@ def _single_pass(x, w, a, b, bias, scaling):
     m, k = x.shape
     r, n = b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r)
-    config = _config("single_pass", x, n, r)
     w, kn = _stored(w)
     a = _row_major(a.mT)
-    tma = target(x.device).tma and _on_16_bytes(x, w, y, a)
+    aligned = _on_16_bytes(x, w, y, a)
+    config = _config("single_pass", x, n, r, aligned=aligned)
+    tma = target(x.device).tma and aligned
     block_r = _block_r(r)
     scaling, on_device = _scaling(scaling, x)
     args = (

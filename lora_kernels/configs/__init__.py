@@ -1,7 +1,7 @@
 """Tile tables: data, one file per architecture, and the rule that picks a row.
 
-A row names a kernel, the tile, and the problems it is meant for. Where several rows fit, the one whose waves of tiles cost
-least wins: a smaller tile wastes less of the last wave, and pays for it with `efficiency`.
+A row names a kernel, the tile, and the problems it is meant for. Where several rows fit, the one whose waves of tiles
+cost least wins: a smaller tile wastes less of the last wave, and pays for it with `efficiency`.
 """
 
 import importlib
@@ -16,8 +16,8 @@ INTERPRETER = 0
 class Config:
     """Tile and launch shape. `block_n` is the output width (of dx or the gradient too), `block_k` the K step.
 
-    `halves` stores a tile's left and right half one after the other, for half the shared memory; `group_m` rows of tiles
-    run together for L2. Fields that a kernel does not use keep their default.
+    `halves` stores a tile's left and right half one after the other, for half the shared memory; `group_m` rows of
+    tiles run together for L2. Fields that a kernel does not use keep their default.
     """
 
     block_m: int
@@ -33,8 +33,8 @@ class Config:
 class Row:
     """One line of a table: `kernel` for `itemsize`-byte elements and ranks up to `max_rank`; `efficiency` is modelled.
 
-    `dropout=False` marks a tile that would spill registers with a dropout mask in its epilogue, `unaligned=False` one that
-    would where rows do not begin on 16-byte boundaries, since tiles then pass through registers two bytes at a time.
+    `dropout=False` marks a tile that would spill registers with a dropout mask in its epilogue, `unaligned=False` one
+    that would where rows do not begin on 16-byte boundaries: tiles then pass through registers two bytes at a time.
     """
 
     kernel: str

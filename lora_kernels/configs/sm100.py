@@ -1,4 +1,7 @@
-"""Blackwell: TMA and tcgen05, 232,448 B of shared memory. Compiled figures: tests/resources/static_gate.json; unmeasured."""
+"""Blackwell: TMA and tcgen05, 232,448 B of shared memory.
+
+Compiled figures: tests/resources/static_gate.json; unmeasured.
+"""
 
 from lora_kernels.configs import Config, Row
 
@@ -9,11 +12,12 @@ ROWS = (
     Row("shrink", Config(128, block_k=64, num_warps=8, num_stages=4)),
     Row("extended", Config(128, 256, 64, num_warps=8, num_stages=4, halves=True), dropout=False, unaligned=False),
     Row("extended", Config(128, 128, 64, num_warps=8, num_stages=4), unaligned=False, efficiency=0.92),
-    Row("extended", Config(64, 128, 32, num_warps=8, num_stages=2), efficiency=0.5),
-    Row("single_pass", Config(128, 128, 64, num_warps=4, num_stages=4), max_rank=64),
+    Row("extended", Config(64, 128, 32, num_warps=8, num_stages=3), efficiency=0.5),
+    Row("single_pass", Config(128, 128, 64, num_warps=4, num_stages=4), max_rank=64, unaligned=False),
+    Row("single_pass", Config(64, 128, 32, num_warps=8, num_stages=4), max_rank=64, efficiency=0.5),
     Row("single_pass", Config(16, 32, 128, num_warps=4, num_stages=4), max_rank=64, max_m=32),
     Row("one_launch", Config(128, 128, 64, num_warps=4, num_stages=4), max_rank=64),
-    Row("dy_pass", Config(128, 128, num_warps=4, num_stages=3), max_rank=32),
+    Row("dy_pass", Config(128, 128, num_warps=8, num_stages=3), max_rank=32),
     Row("wgrad", Config(64, 128, num_warps=8, num_stages=3)),
     Row("shrink", Config(32, block_k=32, num_warps=8, num_stages=3), itemsize=4),
     Row("extended", Config(64, 64, 32, num_warps=8, num_stages=3), itemsize=4),

@@ -1,4 +1,7 @@
-"""Ampere: cp.async and mma.sync, 166,912 B of shared memory. Compiled figures: tests/resources/static_gate.json; unmeasured."""
+"""Ampere: cp.async and mma.sync, 166,912 B of shared memory.
+
+Compiled figures: tests/resources/static_gate.json; unmeasured.
+"""
 
 from lora_kernels.configs import Config, Row
 
@@ -7,10 +10,10 @@ FLOPS, BANDWIDTH = 250e12, 1.7e12  # A100, 80 % of the datasheet
 
 ROWS = (
     Row("shrink", Config(64, block_k=64, num_warps=8, num_stages=4)),
-    Row("extended", Config(128, 128, 32, num_warps=8, num_stages=4), unaligned=False),
-    Row("extended", Config(64, 128, 32, num_warps=4, num_stages=4), unaligned=False, efficiency=0.85),
-    Row("extended", Config(64, 128, 32, num_warps=8, num_stages=2), efficiency=0.5),
-    Row("single_pass", Config(64, 128, 32, num_warps=4, num_stages=4), max_rank=64),
+    Row("extended", Config(128, 128, 32, num_warps=8, num_stages=4), dropout=False, unaligned=False),
+    Row("extended", Config(64, 128, 32, num_warps=4, num_stages=4), dropout=False, unaligned=False, efficiency=0.85),
+    Row("extended", Config(64, 128, 32, num_warps=8, num_stages=3), efficiency=0.5),
+    Row("single_pass", Config(64, 128, 32, num_warps=8, num_stages=4), max_rank=64),
     Row("single_pass", Config(16, 64, 128, num_warps=4, num_stages=4), max_rank=64, max_m=32),
     Row("dy_pass", Config(64, 128, num_warps=4, num_stages=3), max_rank=32),
     Row("wgrad", Config(64, 128, num_warps=8, num_stages=4)),
