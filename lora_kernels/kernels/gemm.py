@@ -40,7 +40,7 @@ def extended_kernel(
         if DROPOUT:
             zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             term = lora_term(zero, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION)
-            acc += drop(term, seed, m, n, threshold, BLOCK_M, BLOCK_N) * keep_scale
+            acc += drop(term, tl.load(seed), m, n, threshold, BLOCK_M, BLOCK_N) * keep_scale
         else:
             acc = lora_term(acc, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION)
         store_tile(y, acc, bias, m, n, M, N, stride_ym, BLOCK_M, BLOCK_N, HALVES, HAS_BIAS, TMA)

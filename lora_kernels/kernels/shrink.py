@@ -20,12 +20,14 @@ def shrink_kernel(
     m = tl.program_id(0) * BLOCK_M
     r = tl.program_id(1) * BLOCK_R
     part = tl.program_id(2)
+    if DROPOUT:
+        key = tl.load(seed)  # here, or the pipeliner copies it in every iteration (sm_100)
     acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
     for i in range(tl.maximum(tl.cdiv(K, BLOCK_K * SPLIT), 1)):  # a zero-trip loop would serialise the MMAs
         k = (i * SPLIT + part) * BLOCK_K
         x_tile = load_tile(x, m, k, M, K, stride_xm, BLOCK_M, BLOCK_K, TMA)
         if DROPOUT:
-            x_tile = drop(x_tile, seed, m, k, threshold, BLOCK_M, BLOCK_K)
+            x_tile = drop(x_tile, key, m, k, threshold, BLOCK_M, BLOCK_K)
         a_tile = load_strided(a, k, r, K, R, stride_ak, stride_ar, BLOCK_K, BLOCK_R)
         acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION, out_dtype=ACC)
     if DROPOUT:
@@ -56,5 +58,5 @@ def drop_kernel(
     """Apply dropout to a contiguous `x [M,K]` in place."""
     m, k = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_K
     x_tile = load_tile(x, m, k, M, K, K, BLOCK_M, BLOCK_K, TMA=False)
-    x_tile = drop(x_tile, seed, m, k, threshold, BLOCK_M, BLOCK_K).to(ACC) * keep_scale
+    x_tile = drop(x_tile, tl.load(seed), m, k, threshold, BLOCK_M, BLOCK_K).to(ACC) * keep_scale
     store_rows(x, x_tile, m, k, M, K, BLOCK_M, BLOCK_K)

@@ -108,7 +108,7 @@ def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: t
     offs_row = row + tl.arange(0, BLOCK_ROWS)
     offs_eight = col // 8 + tl.arange(0, BLOCK_COLS // 8)
     zero = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 8), tl.int32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), offs_row[:, None] + zero, offs_eight[None, :] + zero, zero, zero, n_rounds=7)
+    w0, w1, w2, w3 = tl.philox(seed, offs_row[:, None] + zero, offs_eight[None, :] + zero, zero, zero, n_rounds=7)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_ROWS, BLOCK_COLS // 2))
     lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_ROWS, BLOCK_COLS))
     return lanes < threshold

@@ -17,12 +17,14 @@ def wgrad_kernel(
 ):  # fmt: skip
     """Planes of `out [C,R] = wideᵀ narrow` over CHUNK rows each, for `wide [M,C]` (x or dy) and `narrow [M,R]` (g or h)."""
     c, r, part = tl.program_id(0) * BLOCK_C, tl.program_id(1) * BLOCK_R, tl.program_id(2)
+    if DROPOUT:
+        key = tl.load(seed)
     acc = tl.zeros((BLOCK_C, BLOCK_R), ACC)
     for i in range(tl.maximum(tl.cdiv(CHUNK, BLOCK_M), 1)):
         m = part * CHUNK + i * BLOCK_M
         wide_tile = load_tile(wide, m, c, M, C, stride_wide, BLOCK_M, BLOCK_C, TMA)
         if DROPOUT:
-            wide_tile = drop(wide_tile, seed, m, c, threshold, BLOCK_M, BLOCK_C)
+            wide_tile = drop(wide_tile, key, m, c, threshold, BLOCK_M, BLOCK_C)
         narrow_tile = load_rows(narrow, m, r, M, R, BLOCK_M, BLOCK_R)
         acc = tl.dot(wide_tile.T, narrow_tile, acc, input_precision=PRECISION, out_dtype=ACC)
     if DROPOUT:
