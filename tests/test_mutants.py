@@ -172,8 +172,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "another mask in dA",
         "wgrad",
-        "drop(wide_tile, seed, m, c,",
-        "drop(wide_tile, seed, m + 1, c,",
+        "drop(wide_tile, key, m, c,",
+        "drop(wide_tile, key, m + 1, c,",
         "^da: ",
         dropout_p=0.5,
     ),
