@@ -178,7 +178,12 @@ KERNEL_MUTANTS = (
         dropout_p=0.5,
     ),
     KernelMutant(
-        "another mask in dX", "gemm", "drop(term, seed, m, n,", "drop(term, seed, n, m,", "^dx: ", dropout_p=0.5
+        "another mask in dX",
+        "gemm",
+        "drop(term, tl.load(seed), m, n,",
+        "drop(term, tl.load(seed), n, m,",
+        "^dx: ",
+        dropout_p=0.5,
     ),
     KernelMutant("another mask everywhere", "tile", "n_rounds=7", "n_rounds=10", "^y: ", dropout_p=0.5),
 )
