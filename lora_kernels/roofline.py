@@ -1,6 +1,7 @@
 """Modelled cost of the forward strategies: bytes, flops and time, from two ceilings. A model, never a measurement.
 
-Each kernel takes as long as the larger of its bytes over the bandwidth and its flops over the peak; docs/kernels.md derives the terms.
+Each kernel takes as long as the larger of its bytes over the bandwidth and its flops over the peak.
+docs/kernels.md derives the terms.
 """
 
 from typing import NamedTuple

@@ -5,6 +5,7 @@ saves the scale and add passes of the usual module stack.
 """
 
 import torch
+from torch.nn.functional import linear
 
 from lora_kernels import reference
 
@@ -16,12 +17,15 @@ def reasons_unsupported(problem) -> list[str]:
     return []
 
 
+def strategy_reasons_unsupported(strategy, problem) -> list[str]:
+    """Why `strategy` cannot run `problem`: never a reason."""
+    return []
+
+
 def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
     """`y [M,N]` and `h [M,R] = scaling drop(x) Aᵀ`, both in x's dtype."""
-    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    h = _drop(x, dropout_p, seed).mm(lora_a.mT).mul_(scaling)
-    y = h.mm(lora_b.mT) if bias is None else torch.addmm(bias, h, lora_b.mT)
-    return y.addmm_(x, weight.mT), h
+    h = linear(_drop(x, dropout_p, seed), lora_a.to(x.dtype)).mul_(scaling)
+    return linear(h, lora_b.to(x.dtype), bias).addmm_(x, weight.mT), h
 
 
 def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):

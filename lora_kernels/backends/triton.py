@@ -6,7 +6,6 @@ for dx. The narrow ones come as `a [K,R]` and `b [R,N]`: `(lora_a.mT, lora_b.mT)
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import os
 from types import SimpleNamespace
@@ -17,6 +16,17 @@ from torch import Tensor
 
 from lora_kernels import configs
 from lora_kernels.backends.launcher import counters, launch
+from lora_kernels.backends.operands import (
+    accumulator,
+    cdiv,
+    has_host_descriptors,
+    on_16_bytes,
+    operand,
+    rank_block,
+    row_major,
+    stored,
+    weight_operand,
+)
 from lora_kernels.reference import keep_threshold
 
 STRATEGIES = ("one_launch", "extended", "single_pass", "chained")
@@ -38,7 +48,7 @@ def target(device: torch.device) -> Target:
         return Target(configs.INTERPRETER, num_sms=3, tma=True)
     major, minor = torch.cuda.get_device_capability(device)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return Target(10 * major + minor, num_sms, major >= 9 and _has_host_descriptors())
+    return Target(10 * major + minor, num_sms, major >= 9 and has_host_descriptors())
 
 
 def reasons_unsupported(problem) -> list[str]:
@@ -72,7 +82,9 @@ def strategy_reasons_unsupported(strategy: str, problem) -> list[str]:
         if problem.dtype == torch.float32 and problem.device == "cuda":
             reasons.append("float32: the table has no tile that leaves room for h")
         if not problem.tma:
-            reasons.append("needs TMA: sm_90 or newer, and rows of x, weight, lora_a, lora_b and y on 16-byte boundaries")
+            reasons.append(
+                "needs TMA: sm_90 or newer, and rows of x, weight, lora_a, lora_b and y on 16-byte boundaries"
+            )
     return reasons
 
 
@@ -81,8 +93,8 @@ def tma_applies(x, weight, lora_a, lora_b) -> bool:
     (n, k), r, itemsize = weight.shape, lora_a.shape[0], x.element_size()
     if not target(x.device).tma or n * itemsize % 16 or k * itemsize % 16 or r * itemsize % 16:
         return False
-    used_as_is = [t for t in (x, _stored(weight)[0], lora_a, lora_b) if t.stride(-1) == 1 and t.dtype == x.dtype]
-    return _on_16_bytes(*used_as_is)
+    used_as_is = [t for t in (x, stored(weight)[0], lora_a, lora_b) if t.stride(-1) == 1 and t.dtype == x.dtype]
+    return on_16_bytes(*used_as_is)
 
 
 def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
@@ -90,7 +102,7 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
     m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     if m == 0:
         return x.new_empty(0, n), x.new_empty(0, r)
-    x, a, b, w = _row_major(x), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT, weight.mT
+    x, a, b, w = row_major(x), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT, weight.mT
     bias = None if bias is None else bias.contiguous()
     with _on(x.device):
         if strategy == "single_pass":
@@ -111,11 +123,11 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
     if m == 0:
         zeros = (dy.new_empty(0, k), torch.zeros_like(lora_a), torch.zeros_like(lora_b))
         return tuple(grad if need else None for grad, need in zip(zeros, needs, strict=True))
-    dy, a, b = _row_major(dy), lora_b.to(dy.dtype), lora_a.to(dy.dtype)
+    dy, a, b = row_major(dy), lora_b.to(dy.dtype), lora_a.to(dy.dtype)
     dx = da = db = g = None
     with _on(dy.device):
         if needs_x and strategy == "one_launch":
-            dx, g = _one_launch(dy if _on_16_bytes(dy) else dy.clone(), weight, a, b, None, scaling)
+            dx, g = _one_launch(dy if on_16_bytes(dy) else dy.clone(), weight, a, b, None, scaling)
         elif needs_b and (needs_x or needs_a) and lora_a.shape[0] <= DY_PASS_MAX_RANK:
             g, db = _dy_pass(dy, a, h, scaling, lora_b.dtype)
         elif needs_x or needs_a:
@@ -129,7 +141,7 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
                 dx = _extended(dy, weight, g, b, None, dropout_p, seed)
         if needs_a:
             da = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
-            _wgrad(_row_major(x), g, da.mT, dropout_p, seed)
+            _wgrad(row_major(x), g, da.mT, dropout_p, seed)
     return dx, da, db
 
 
@@ -138,22 +150,22 @@ def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
     r, n = b.shape
     y = x.new_empty(m, n)
     goal = target(x.device)
-    w, kn = _stored(w)
-    aligned = _on_16_bytes(x, w, y)
+    w, kn = stored(w)
+    aligned = on_16_bytes(x, w, y)
     config = _config("extended", x, n, r, dropout_p, aligned)
     tma = goal.tma and aligned
-    block_r = _block_r(r, cap=64)
-    operands = (_operand(x, (config.block_m, config.block_k), tma), _weight_operand(w, kn, config, tma))
-    out = _operand(y, (config.block_m, config.block_n // (2 if config.halves else 1)), tma)
+    block_r = rank_block(r, cap=64)
+    operands = (operand(x, (config.block_m, config.block_k), tma), weight_operand(w, kn, config, tma))
+    out = operand(y, (config.block_m, config.block_n // (2 if config.halves else 1)), tma)
     threshold, keep_scale = _dropout(dropout_p)
     args = (*operands, h, b, bias, out, seed, threshold, keep_scale, m, n, k, r,
             x.stride(0), w.stride(0), *b.stride(), y.stride(0))  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
-        RANK_BLOCKS=_cdiv(r, block_r), GROUP_M=config.group_m, HALVES=config.halves, KN=kn, DROPOUT=dropout_p > 0.0,
+        RANK_BLOCKS=cdiv(r, block_r), GROUP_M=config.group_m, HALVES=config.halves, KN=kn, DROPOUT=dropout_p > 0.0,
         HAS_BIAS=bias is not None, **_arithmetic(x), TMA=tma,
     )  # fmt: skip
-    tiles = _cdiv(m, config.block_m) * _cdiv(n, config.block_n)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     launch(_kernels().gemm.extended_kernel, (min(tiles, goal.num_sms), 1, 1), args, constants, config)
     return y
 
@@ -162,24 +174,24 @@ def _single_pass(x, w, a, b, bias, scaling):
     m, k = x.shape
     r, n = b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r)
-    w, kn = _stored(w)
-    a = _row_major(a.mT)
-    aligned = _on_16_bytes(x, w, y, a)
+    w, kn = stored(w)
+    a = row_major(a.mT)
+    aligned = on_16_bytes(x, w, y, a)
     config = _config("single_pass", x, n, r, aligned=aligned)
     tma = target(x.device).tma and aligned
-    block_r = _block_r(r)
+    block_r = rank_block(r)
     scaling, on_device = _scaling(scaling, x)
     args = (
-        _operand(x, (config.block_m, config.block_k), tma), _weight_operand(w, kn, config, tma),
-        _operand(a, (block_r, config.block_k), tma), b, bias,
-        _operand(y, (config.block_m, config.block_n // (2 if config.halves else 1)), tma),
+        operand(x, (config.block_m, config.block_k), tma), weight_operand(w, kn, config, tma),
+        operand(a, (block_r, config.block_k), tma), b, bias,
+        operand(y, (config.block_m, config.block_n // (2 if config.halves else 1)), tma),
         h, scaling, m, n, k, r, x.stride(0), w.stride(0), a.stride(0), *b.stride(), y.stride(0),
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
         HALVES=config.halves, KN=kn, HAS_BIAS=bias is not None, SCALING_ON_DEVICE=on_device, **_arithmetic(x), TMA=tma,
     )  # fmt: skip
-    tiles = _cdiv(m, config.block_m) * _cdiv(n, config.block_n)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     launch(_kernels().gemm.single_pass_kernel, (tiles, 1, 1), args, constants, config)
     return y, h
 
@@ -190,16 +202,16 @@ def _one_launch(x, w, a, b, bias, scaling):
     y, h = x.new_empty(m, n), x.new_empty(m, r)
     goal = target(x.device)
     config = _config("one_launch", x, n, r)
-    (w, kn), (a, a_kr) = _stored(w), _stored(a)
-    block_r = _block_r(r)
+    (w, kn), (a, a_kr) = stored(w), stored(a)
+    block_r = rank_block(r)
     scaling, on_device = _scaling(scaling, x)
-    tiles_m = _cdiv(m, config.block_m)
-    tiles = tiles_m * _cdiv(n, config.block_n)
+    tiles_m = cdiv(m, config.block_m)
+    tiles = tiles_m * cdiv(n, config.block_n)
     ticket_and_flags = counters(x.device, tiles_m + 1)
     args = (
-        _operand(x, (config.block_m, config.block_k)), _weight_operand(w, kn, config),
-        _operand(a, (config.block_k, block_r) if a_kr else (block_r, config.block_k)), b, bias,
-        _operand(y, (config.block_m, config.block_n // (2 if config.halves else 1))),
+        operand(x, (config.block_m, config.block_k)), weight_operand(w, kn, config),
+        operand(a, (config.block_k, block_r) if a_kr else (block_r, config.block_k)), b, bias,
+        operand(y, (config.block_m, config.block_n // (2 if config.halves else 1))),
         h, ticket_and_flags[1:], ticket_and_flags, scaling, m, n, k, r, *b.stride(),
     )  # fmt: skip
     constants = dict(
@@ -217,20 +229,20 @@ def _shrink(x, a, scaling, dropout_p=0.0, seed=None):
     h = x.new_empty(m, r)
     goal = target(x.device)
     config = _config("shrink", x, r, r)
-    block_r = _block_r(r, cap=128)
-    programs = _cdiv(m, config.block_m) * _cdiv(r, block_r)
-    split = max(1, min(goal.num_sms // programs, _cdiv(k, config.block_k), 16))
-    tma = goal.tma and _on_16_bytes(x)
+    block_r = rank_block(r, cap=128)
+    programs = cdiv(m, config.block_m) * cdiv(r, block_r)
+    split = max(1, min(goal.num_sms // programs, cdiv(k, config.block_k), 16))
+    tma = goal.tma and on_16_bytes(x)
     scaling, on_device = _scaling(scaling, x)
     threshold, keep_scale = _dropout(dropout_p)
-    out = h if split == 1 else x.new_empty(split, m, r, dtype=_accumulator(x))
-    args = (_operand(x, (config.block_m, config.block_k), tma), a, out, seed, scaling, threshold, keep_scale,
+    out = h if split == 1 else x.new_empty(split, m, r, dtype=accumulator(x))
+    args = (operand(x, (config.block_m, config.block_k), tma), a, out, seed, scaling, threshold, keep_scale,
             m, k, r, x.stride(0), a.stride(1), a.stride(0))  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r, SPLIT=split, DROPOUT=dropout_p > 0.0,
         SCALING_ON_DEVICE=on_device, **_arithmetic(x), TMA=tma,
     )  # fmt: skip
-    grid = (_cdiv(m, config.block_m), _cdiv(r, block_r), split)
+    grid = (cdiv(m, config.block_m), cdiv(r, block_r), split)
     launch(_kernels().shrink.shrink_kernel, grid, args, constants, config)
     return h if split == 1 else _sum_planes(out, h, scaling)
 
@@ -240,15 +252,15 @@ def _dy_pass(dy, b, h, scaling, dtype):
     r = b.shape[1]
     goal = target(dy.device)
     config = _config("dy_pass", dy, n, r)
-    blocks = _cdiv(n, config.block_n)
+    blocks = cdiv(n, config.block_n)
     chunk, parts = _chunks(m, config.block_m, goal.num_sms // blocks)
     g, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=dtype)
-    g_planes = dy.new_empty(blocks, m, r, dtype=_accumulator(dy))
-    db_planes = dy.new_empty(parts, n, r, dtype=_accumulator(dy))
-    tma = goal.tma and _on_16_bytes(dy)
-    args = (_operand(dy, (config.block_m, config.block_n), tma), b, h, g_planes, db_planes, m, n, r, chunk,
+    g_planes = dy.new_empty(blocks, m, r, dtype=accumulator(dy))
+    db_planes = dy.new_empty(parts, n, r, dtype=accumulator(dy))
+    tma = goal.tma and on_16_bytes(dy)
+    args = (operand(dy, (config.block_m, config.block_n), tma), b, h, g_planes, db_planes, m, n, r, chunk,
             dy.stride(0), *b.stride())  # fmt: skip
-    constants = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=_block_r(r), **_arithmetic(dy), TMA=tma)
+    constants = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=rank_block(r), **_arithmetic(dy), TMA=tma)
     launch(_kernels().wgrad.dy_pass_kernel, (blocks, parts, 1), args, constants, config)
     return _sum_planes(g_planes, g, scaling), _sum_planes(db_planes, db)
 
@@ -259,22 +271,25 @@ def _wgrad(wide, narrow, out, dropout_p=0.0, seed=None):
     r = narrow.shape[1]
     goal = target(wide.device)
     config = _config("wgrad", wide, c, r)
-    block_r = _block_r(r, cap=128)
-    blocks = _cdiv(c, config.block_n) * _cdiv(r, block_r)
+    block_r = rank_block(r, cap=128)
+    blocks = cdiv(c, config.block_n) * cdiv(r, block_r)
     chunk, parts = _chunks(m, config.block_m, 2 * goal.num_sms // blocks)
     planes = out
     if parts > 1:
-        planes = torch.empty_strided(
-            (parts, c, r), (c * r, *out.stride()), dtype=_accumulator(wide), device=wide.device
-        )
-    tma = goal.tma and _on_16_bytes(wide)
+        planes = torch.empty_strided((parts, c, r), (c * r, *out.stride()), dtype=accumulator(wide), device=wide.device)
+    tma = goal.tma and on_16_bytes(wide)
     threshold, keep_scale = _dropout(dropout_p)
-    args = (_operand(wide, (config.block_m, config.block_n), tma), narrow, planes, seed, threshold, keep_scale,
+    args = (operand(wide, (config.block_m, config.block_n), tma), narrow, planes, seed, threshold, keep_scale,
             m, c, r, chunk, wide.stride(0), *planes.stride()[-2:])  # fmt: skip
     constants = dict(
-        BLOCK_M=config.block_m, BLOCK_C=config.block_n, BLOCK_R=block_r, DROPOUT=dropout_p > 0.0, **_arithmetic(wide), TMA=tma
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_n,
+        BLOCK_R=block_r,
+        DROPOUT=dropout_p > 0.0,
+        **_arithmetic(wide),
+        TMA=tma,
     )
-    grid = (_cdiv(c, config.block_n), _cdiv(r, block_r), parts)
+    grid = (cdiv(c, config.block_n), cdiv(r, block_r), parts)
     launch(_kernels().wgrad.wgrad_kernel, grid, args, constants, config)
     return out if parts == 1 else _sum_planes(planes, out)
 
@@ -284,7 +299,7 @@ def _sum_planes(planes, out, scaling=1.0):
     scaling, on_device = _scaling(scaling, planes)
     constants = dict(BLOCK=1024, SCALING_ON_DEVICE=on_device, ACC=_arithmetic(planes)["ACC"])
     args = (planes, out, scaling, out.numel(), planes.shape[0])
-    grid = (_cdiv(out.numel(), 1024), 1, 1)
+    grid = (cdiv(out.numel(), 1024), 1, 1)
     launch(_kernels().shrink.sum_planes_kernel, grid, args, constants, configs.Config(block_m=1024))
     return out
 
@@ -295,7 +310,7 @@ def _drop_in_place(x, dropout_p, seed):
     m, k = x.shape
     constants = dict(BLOCK_M=16, BLOCK_K=256, ACC=_arithmetic(x)["ACC"])
     args = (x, seed, *_dropout(dropout_p), m, k)
-    launch(_kernels().shrink.drop_kernel, (_cdiv(m, 16), _cdiv(k, 256), 1), args, constants, configs.Config(block_m=16))
+    launch(_kernels().shrink.drop_kernel, (cdiv(m, 16), cdiv(k, 256), 1), args, constants, configs.Config(block_m=16))
     return x
 
 
@@ -303,19 +318,13 @@ def _drop_in_place(x, dropout_p, seed):
 def _kernels():
     from lora_kernels.kernels import gemm, shrink, wgrad
 
-    tma = importlib.import_module("triton.tools.tensor_descriptor") if _has_host_descriptors() else None
-    return SimpleNamespace(gemm=gemm, shrink=shrink, wgrad=wgrad, TensorDescriptor=getattr(tma, "TensorDescriptor", None))
+    return SimpleNamespace(gemm=gemm, shrink=shrink, wgrad=wgrad)
 
 
 def _interpreter_is_mended() -> bool:
     from triton.runtime.interpreter import InterpreterBuilder
 
     return getattr(InterpreterBuilder, "_lora_kernels_mended", False)
-
-
-@functools.cache
-def _has_host_descriptors() -> bool:
-    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 
 
 def _on(device):
@@ -351,10 +360,6 @@ def _constants_of(dtype, tf32):
     return dict(ACC=acc, PRECISION="tf32" if tf32 else "ieee")
 
 
-def _accumulator(x):
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _dropout(dropout_p):
     return (keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p > 0.0 else (0, 1.0)
 
@@ -366,47 +371,7 @@ def _scaling(scaling, x):
     return float(scaling), False
 
 
-def _stored(w):
-    """A matrix `w [K,N]` as it lies in memory, row-major, and whether that is `[K,N]` rather than `[N,K]`."""
-    return (w.mT, False) if w.stride(0) == 1 else (_row_major(w), True)
-
-
-def _row_major(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _on_16_bytes(*matrices) -> bool:
-    """Whether TMA can address row-major `matrices`: base and row stride on 16-byte boundaries, no overlapping rows."""
-    for t in matrices:
-        row = t.stride(0)
-        if t.data_ptr() % 16 or row * t.element_size() % 16 or row < t.shape[1]:
-            return False
-    return True
-
-
-def _operand(matrix, block, tma=True):
-    if not tma:
-        return matrix
-    descriptor = object.__new__(_kernels().TensorDescriptor)  # __init__ would check again what _on_16_bytes has
-    descriptor.base, descriptor.shape, descriptor.strides = matrix, list(matrix.shape), [matrix.stride(0), 1]
-    descriptor.block_shape, descriptor.padding = list(block), "zero"
-    return descriptor
-
-
-def _weight_operand(w, kn, config, tma=True):
-    block = (config.block_k, config.block_n) if kn else (config.block_n, config.block_k)
-    return _operand(w, block, tma)
-
-
-def _block_r(r, cap=64):
-    return max(16, 1 << (min(r, cap) - 1).bit_length())
-
-
 def _chunks(m, block_m, parts):
     """Rows per partial sum, a multiple of `block_m`, and how many partial sums that makes, at most about `parts`."""
-    chunk = block_m * _cdiv(_cdiv(m, max(parts, 1)), block_m)
-    return chunk, _cdiv(m, chunk)
-
-
-def _cdiv(a, b):
-    return -(-a // b)
+    chunk = block_m * cdiv(cdiv(m, max(parts, 1)), block_m)
+    return chunk, cdiv(m, chunk)

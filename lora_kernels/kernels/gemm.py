@@ -39,10 +39,14 @@ def extended_kernel(
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:
             zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-            term = lora_term(zero, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION)
+            term = lora_term(
+                zero, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION
+            )
             acc += drop(term, tl.load(seed), m, n, threshold, BLOCK_M, BLOCK_N) * keep_scale
         else:
-            acc = lora_term(acc, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION)
+            acc = lora_term(
+                acc, h, b, m, n, M, N, R, stride_br, stride_bn, BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PRECISION
+            )
         store_tile(y, acc, bias, m, n, M, N, stride_ym, BLOCK_M, BLOCK_N, HALVES, HAS_BIAS, TMA)
 
 
@@ -83,12 +87,12 @@ def one_launch_kernel(
     """`y = x w + h b + bias` with `h = scaling x a` computed once: the first column's tiles carry the shrink in their K loop.
 
     They publish h behind `ready [tiles_m]`; the other tiles need it only after their own K loop. Tiles are handed out by
-    `ticket [1]`, so a producer is always taken before its consumers and never waits: no schedule can deadlock. Both
-    counters are zero before and after. TMA only.
+    `ticket [1]`, so a producer is always taken before its consumers and never waits: no schedule can deadlock. Tickets
+    are ordered, or with a single column a late flag could follow its reset. Counters are zero before and after. TMA only.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     k_blocks = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
-    tile = tl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
+    tile = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     while tile < tiles_m * tiles_n:
         tile_m, tile_n = _look_ahead_tile(tile, tiles_m, tiles_n, GROUP_M)
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -117,7 +121,7 @@ def one_launch_kernel(
         b_tile = load_strided(b, 0, n, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N)
         acc = tl.dot(h_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         store_tile(y, acc, bias, m, n, M, N, 0, BLOCK_M, BLOCK_N, HALVES, HAS_BIAS, TMA=True)
-        tile = tl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
+        tile = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     if tile == tiles_m * tiles_n + tl.num_programs(0) - 1:  # the last ticket: every tile is done, nobody reads a flag
         for i in range(tiles_m):
             tl.store(ready + i, 0)

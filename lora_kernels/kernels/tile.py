@@ -26,7 +26,9 @@ def load_tile(src, row, col, rows, cols, stride, BLOCK_ROWS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def load_weight(w, n, k, N, K, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KN: tl.constexpr, TMA: tl.constexpr):
+def load_weight(
+    w, n, k, N, K, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KN: tl.constexpr, TMA: tl.constexpr
+):
     """`[BLOCK_K, BLOCK_N]` of a weight stored as `[N, K]`, or as `[K, N]` where KN."""
     if KN:
         return load_tile(w, k, n, K, N, stride, BLOCK_K, BLOCK_N, TMA)

@@ -1,4 +1,4 @@
-"""The adapter's gradients, `da = gᵀ drop(x)` and `db = dyᵀ h`: sums over M, split into chunks that are added in fixed order.
+"""The adapter's gradients, `da = gᵀ drop(x)` and `db = dyᵀ h`: sums over M, in chunks that are added in fixed order.
 
 No atomics: every partial has its own place, and `shrink.sum_planes_kernel` adds them in order.
 """
@@ -42,7 +42,7 @@ def dy_pass_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Both products that read dy, in one pass: planes of `g [M,R] = dy b` per column block and of `db [N,R] = dyᵀ h` per chunk."""
+    """Both products that read dy, in one pass: planes of `g = dy b` per column block, and of `db = dyᵀ h` per chunk."""
     n, part = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     b_tile = load_strided(b, n, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R)
     db = tl.zeros((BLOCK_N, BLOCK_R), ACC)

@@ -1,0 +1,70 @@
+"""How tensors become kernel operands: layouts, alignment, TMA descriptors, block sizes."""
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+
+
+def stored(w):
+    """A matrix `w [K,N]` as it lies in memory, row-major, and whether that is `[K,N]` rather than `[N,K]`."""
+    return (w.mT, False) if w.stride(0) == 1 else (row_major(w), True)
+
+
+def row_major(x):
+    """`x`, or a copy of it where its columns do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_16_bytes(*matrices) -> bool:
+    """Whether TMA can address row-major `matrices`: base and row stride on 16-byte boundaries, no overlapping rows."""
+    for t in matrices:
+        row = t.stride(0)
+        if t.data_ptr() % 16 or row * t.element_size() % 16 or row < t.shape[1]:
+            return False
+    return True
+
+
+def operand(matrix, block, tma=True):
+    """What a kernel takes for a row-major `matrix` that it reads or writes in tiles of `block`."""
+    if not tma:
+        return matrix
+    descriptor = object.__new__(_descriptor_type())  # __init__ would check again what on_16_bytes has
+    descriptor.base, descriptor.shape, descriptor.strides = matrix, list(matrix.shape), [matrix.stride(0), 1]
+    descriptor.block_shape, descriptor.padding = list(block), "zero"
+    return descriptor
+
+
+def weight_operand(w, kn, config, tma=True):
+    """`operand` for what `stored` returned."""
+    block = (config.block_k, config.block_n) if kn else (config.block_n, config.block_k)
+    return operand(w, block, tma)
+
+
+@functools.cache
+def _descriptor_type():
+    return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+
+
+@functools.cache
+def has_host_descriptors() -> bool:
+    """Whether this Triton, if any, takes TMA descriptors made on the host."""
+    return (
+        importlib.util.find_spec("triton") is not None
+        and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    )
+
+
+def rank_block(r, cap=64):
+    """The rank as an MMA takes it: a power of two from 16 to `cap`; longer ranks take several."""
+    return max(16, 1 << (min(r, cap) - 1).bit_length())
+
+
+def accumulator(x):
+    """The dtype in which kernels add up x's products."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def cdiv(a, b):
+    return -(-a // b)
