@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels import configs, roofline
-from lora_kernels.backends import BACKENDS, triton
+from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, triton
 
 logger = logging.getLogger("lora_kernels")
 
@@ -20,8 +20,9 @@ DEFAULT_STRATEGIES = ("extended", "single_pass", "chained")
 class Problem(NamedTuple):
     """Everything a choice may depend on.
 
-    `device` is a type such as "cuda"; `capability` is 90 for sm_90, 0 without a GPU; `tma` says whether all operands lie on
-    16-byte boundaries and the device has TMA, `tf32` whether fp32 may run on tensor cores.
+    `device` is a type such as "cuda"; `capability` is 90 for sm_90, 0 without a GPU; `tma` says whether all operands
+    lie on 16-byte boundaries and the device has TMA, `tf32` whether fp32 may run on tensor cores, `batched` that every
+    row has its own adapter (r is then the largest rank).
     """
 
     m: int
@@ -36,6 +37,7 @@ class Problem(NamedTuple):
     num_sms: int
     tma: bool
     tf32: bool = False
+    batched: bool = False
 
 
 class Plan(NamedTuple):
@@ -64,25 +66,36 @@ def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) 
     return choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy)
 
 
+def batched_plan_for(x, weight, adapters, backend=None, strategy=None) -> Plan:
+    """The plan for `x [M,K]`, `weight [N,K]` and one layer's adapters; only `forward` applies."""
+    (n, k), goal = weight.shape, triton.target(x.device)
+    problem = Problem(
+        x.shape[0], n, k, adapters.max_rank, x.dtype, adapters.a.dtype, False, x.device.type, goal.capability,
+        goal.num_sms, tma=False, tf32=x.dtype == torch.float32 and triton.tf32_allowed(), batched=True,
+    )  # fmt: skip
+    return choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, backend: str | None = None, strategy: str | None = None) -> Plan:
     """The first backend that has no reason against `problem`, and for it the strategy asked for, or the best one.
 
     Raises ValueError for an unknown name, NotImplementedError where what was asked for cannot run `problem`.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    known = {name for module in BACKENDS.values() for name in module.STRATEGIES}
+    backends = BATCHED_BACKENDS if problem.batched else BACKENDS
+    if backend is not None and backend not in backends:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(backends)}")
+    known = {name for module in backends.values() for name in module.STRATEGIES}
     if strategy is not None and strategy not in known:
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(sorted(known))}")
     against = []
-    for name in (backend,) if backend else BACKENDS:
-        reasons = _reasons(name, strategy, problem)
+    for name in (backend,) if backend else backends:
+        reasons = _reasons(backends[name], strategy, problem)
         if not reasons:
-            chosen, why = (strategy, "asked for") if strategy else _best_strategy(name, problem)
+            chosen, why = (strategy, "asked for") if strategy else _best_strategy(backends[name], problem)
             for reason in against:
                 _say_once(f"using the {name} backend, because {reason}")
-            return Plan(BACKENDS[name], chosen, "; ".join((*against, why)))
+            return Plan(backends[name], chosen, "; ".join((*against, why)))
         against.append(f"{name}: {', '.join(reasons)}")
     asked = " and ".join(f"{kind}={value!r}" for kind, value in (("backend", backend), ("strategy", strategy)) if value)
     raise NotImplementedError(f"{asked} cannot run this problem: {'; '.join(against)}")
@@ -93,19 +106,19 @@ def _say_once(message):
     logger.info(message)
 
 
-def _reasons(name, strategy, problem) -> list[str]:
-    reasons = BACKENDS[name].reasons_unsupported(problem)
+def _reasons(module, strategy, problem) -> list[str]:
+    reasons = module.reasons_unsupported(problem)
     if strategy is None or reasons:
         return reasons
-    if strategy not in BACKENDS[name].STRATEGIES:
+    if strategy not in module.STRATEGIES:
         return [f"no strategy {strategy!r}"]
-    return triton.strategy_reasons_unsupported(strategy, problem) if name == "triton" else []
+    return module.strategy_reasons_unsupported(strategy, problem)
 
 
-def _best_strategy(name, problem) -> tuple[str, str]:
-    if name != "triton":
-        strategy = BACKENDS[name].STRATEGIES[0]
-        return strategy, f"{name} has only {strategy}"
+def _best_strategy(module, problem) -> tuple[str, str]:
+    if module is not triton:
+        first, *others = module.STRATEGIES
+        return first, f"not yet timed against {', '.join(others)}" if others else "it has no other strategy"
     if problem.dtype == torch.float32 and not problem.tf32:
         return "chained", "fp32 without tf32 has no tensor cores, and cuBLAS is best there"
     if problem.capability >= 90 and not problem.tma:
@@ -196,7 +209,9 @@ def explain(
     tma = tma and not any(extent * dtype.itemsize % 16 for extent in (n, k, r))
     tf32 = dtype == torch.float32 and triton.tf32_allowed()
     problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma, tf32)
-    strategies = [s for s in triton.STRATEGIES if configs.candidates(s, capability, dtype.itemsize, m, r) or s == "chained"]
+    strategies = [
+        s for s in triton.STRATEGIES if configs.candidates(s, capability, dtype.itemsize, m, r) or s == "chained"
+    ]
     return Explanation(
         problem,
         choose(problem, backend, strategy),

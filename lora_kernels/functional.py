@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels import autograd, ops
+from lora_kernels import autograd, dispatch, ops
+from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 
 MAX_RANK = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,6 +63,81 @@ def lora_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def lora_linear_batched(
+    x: Tensor,
+    weight: Tensor,
+    adapters: LayerAdapters,
+    plan: BatchPlan,
+    *,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """A linear layer in which every row has its own adapter, or none: inference for many tenants in one batch.
+
+    x         `[..., K]`; its rows, in order, are those of the plan
+    weight    `[N, K]`, same dtype as x
+    adapters  one layer's: `a [slots, R_max, K]`, `b [slots, N, R_max]` (x's dtype), ranks up to 512, scalings
+    plan      the slot of each row; shared by all layers of the step
+    bias      `[N]`, same dtype as x
+    backend   None (dispatch decides), "triton" or "eager"
+    strategy  None (dispatch decides), "extended" or "one_launch" (triton), "looped" (eager)
+
+    Returns `y [..., N]`. A row's bits depend on that row and its own adapter alone, and nothing is read back from a GPU
+    (except by the eager backend), so a CUDA graph replays it with other slots, ranks and adapters.
+    Raises TypeError or ValueError for arguments that break the above, NotImplementedError where x needs a gradient, or for
+    a backend or strategy that was asked for and cannot run this problem.
+
+    >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+    >>> a, b = torch.randn(2, 8, 64), torch.randn(2, 32, 8)
+    >>> adapters = LayerAdapters(a, b, torch.tensor([8, 4], dtype=torch.int32), torch.ones(2))
+    >>> y = lora_linear_batched(x, weight, adapters, BatchPlan(torch.tensor([1, -1, 0], dtype=torch.int32)))
+    >>> torch.allclose(y[1], weight @ x[1], atol=1e-4)
+    True
+    """
+    for name, value, kind in (("adapters", adapters, LayerAdapters), ("plan", plan, BatchPlan)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}")
+    tensors = {"x": x, "weight": weight, "adapters.a": adapters.a, "plan.slots": plan.slots}
+    _check_tensors(tensors | ({} if bias is None else {"bias": bias}))
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, expected [..., K] for weight [N, K], which is {list(weight.shape)}"
+        )
+    (n, k), (slots, rank) = weight.shape, (len(adapters.ranks), adapters.max_rank)
+    if adapters.a.shape[-1] != k or adapters.b.shape[1] != n:
+        raise ValueError(
+            f"adapters: got a {list(adapters.a.shape)} and b {list(adapters.b.shape)}, "
+            f"expected [slots, R, {k}] and [slots, {n}, R] (packed [rows, {k}] and [rows, {n}]), since weight is {[n, k]}"
+        )
+    if not (1 <= rank <= MAX_RANK and slots >= 1):
+        raise ValueError(
+            f"adapters: got {slots} slots of rank {rank}, expected at least 1, and 1 <= R_max <= {MAX_RANK}"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias: got shape {list(bias.shape)}, expected {[n]}, since weight is {[n, k]}")
+    rows = x.reshape(-1, k)
+    if len(plan) != rows.shape[0]:
+        raise ValueError(
+            f"plan: got {len(plan)} slots, expected {rows.shape[0]}, one for each row of x {list(x.shape)}"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    for name, tensor in (("weight", weight), ("adapters", adapters.a), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x")
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, adapters.a, adapters.b, bias)
+    ):
+        raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
+    if plan.slots.device.type == "cpu" and len(plan) and int(plan.slots.max()) >= slots:
+        raise ValueError(
+            f"plan: got slot {int(plan.slots.max())}, expected at most {slots - 1}, the last of the adapters"
+        )
+    chosen = dispatch.batched_plan_for(rows, weight, adapters, backend, strategy)
+    return chosen.forward(rows, weight, bias, adapters, plan).view(*x.shape[:-1], n)
+
+
 def draw_seed(device) -> Tensor:
     """A dropout seed, drawn on the device: CUDA graphs and checkpointing replay it like any other random draw."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
@@ -71,18 +147,7 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, strateg
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
         tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
-            raise TypeError(f"{name}: got a {kind}, expected a dense one (call .to_dense() or pad it)")
-        if not torch.compiler.is_compiling() and tensor.is_neg():  # Dynamo cannot trace it; the operator resolves it
-            raise TypeError(f"{name}: got a lazily negated view, expected plain memory (call .resolve_neg())")
-        if tensor.device.type == "meta":
-            raise ValueError(f"{name}: got a meta tensor, expected one with data (materialise the model first)")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device}, as x")
+    _check_tensors(tensors)
     _check_shapes(x, weight, lora_a, lora_b, bias)
     _check_dtypes(x, weight, lora_a, lora_b, bias)
     _check_scaling(scaling, x)
@@ -98,6 +163,22 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, strateg
             "weight: requires grad, expected a frozen base weight (LoRA trains lora_a and lora_b only); "
             "call weight.requires_grad_(False)"
         )
+
+
+def _check_tensors(tensors):
+    device = getattr(tensors["x"], "device", None)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+            raise TypeError(f"{name}: got a {kind}, expected a dense one (call .to_dense() or pad it)")
+        if not torch.compiler.is_compiling() and tensor.is_neg():  # Dynamo cannot trace it; the operator resolves it
+            raise TypeError(f"{name}: got a lazily negated view, expected plain memory (call .resolve_neg())")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name}: got a meta tensor, expected one with data (materialise the model first)")
+        if tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {device}, as x")
 
 
 def _check_shapes(x, weight, lora_a, lora_b, bias):

@@ -28,6 +28,16 @@ def lora_linear_backward(dy, x, weight, lora_a, lora_b, scaling, keep=None, drop
     return dx, g.mT @ x_dropped, dy.mT @ (scaling * (x_dropped @ lora_a.mT)), dy.sum(0)
 
 
+def lora_linear_batched(x, weight, a, b, ranks, scalings, slots, bias=None) -> Tensor:
+    """`y [M,N]` where row i uses the adapter `slots[i]` of `a [slots,R_max,K]` and `b [slots,N,R_max]`, or none if it is -1."""
+    rows = []
+    for i, slot in enumerate(slots.tolist()):
+        r = int(ranks[slot]) if 0 <= slot < len(ranks) else 0
+        adapter = (a[slot, :r], b[slot, :, :r], float(scalings[slot])) if r else (a[0, :0], b[0, :, :0], 0.0)
+        rows.append(lora_linear(x[i : i + 1], weight, *adapter, bias))
+    return torch.cat(rows) if rows else x.new_empty(0, weight.shape[0])
+
+
 def dropout_keep(seed, rows: int, cols: int, dropout_p: float, device=None) -> Tensor:
     """The mask `keep [rows, cols]` (bool) that `seed` (int, or 0-d int64 tensor) stands for.
 

@@ -1,5 +1,6 @@
-"""The backends, by name, in the order in which dispatch asks them."""
+"""The backends of each operation, by name, in the order in which dispatch asks them."""
 
-from lora_kernels.backends import eager, triton
+from lora_kernels.backends import eager, eager_batched, triton, triton_batched
 
 BACKENDS = {"triton": triton, "eager": eager}
+BATCHED_BACKENDS = {"triton": triton_batched, "eager": eager_batched}
