@@ -5,6 +5,7 @@ and config field is checked before the model is touched.
 """
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -50,6 +51,10 @@ class _Adapter(NamedTuple):
     lora_dropout: float
     use_rslora: bool
 
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     """Write the adapters of `model`'s LoRALinear layers to `directory`, as PEFT does; return the directory.
@@ -93,10 +98,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     RuntimeError         a layer is merged
     ImportError          safetensors is not installed
     """
-    directory = Path(directory)
-    config = _read_config(directory)
-    tensors = _read_tensors(directory)
-    adapters = {name: _adapter_of(name, config) for name in tensors}
+    config, tensors, adapters = read_adapter(directory)
     layers = _find_layers(model, tensors, adapters, config)
 
     for name, layer in layers.items():
@@ -109,6 +111,23 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             layer.lora_B.weight.copy_(tensors[name][1])
     freeze_base(model)
     return model
+
+
+def read_adapter(directory: str | os.PathLike) -> tuple[dict, dict[str, tuple[Tensor, Tensor]], dict[str, _Adapter]]:
+    """The config, and for each layer `(A, B)` and the settings; sound by themselves, not yet held against a model.
+
+    Raises as `load_adapter` does.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    tensors = _read_tensors(directory)
+    return config, tensors, {name: _adapter_of(name, config) for name in tensors}
+
+
+def is_target(name: str, config: dict) -> bool:
+    """Whether target_modules lists the layer; False where a regular expression, which is not run, would have to say."""
+    targets = config["target_modules"]
+    return not isinstance(targets, str) and not config.get("exclude_modules") and name_matches(name, targets)
 
 
 def _config_of(model, layers) -> dict:
@@ -245,10 +264,8 @@ def _find_layers(model, tensors, adapters, config) -> dict[str, nn.Module]:
     covered = set(layers.values())
     if len(covered) < len(layers):
         raise ValueError("model: holds one layer under two names, for which the adapter has different tensors")
-    targets = config["target_modules"]
-    by_name = not isinstance(targets, str) and not config.get("exclude_modules")
     for name, layer in modules.items():
-        if layer not in covered and (isinstance(layer, LoRALinear) or (by_name and name_matches(name, targets))):
+        if layer not in covered and (isinstance(layer, LoRALinear) or is_target(name, config)):
             raise ValueError(f"{WEIGHTS_NAME}: has no tensors for {name}, which the model or target_modules adapts")
     return layers
 
