@@ -10,7 +10,9 @@ TABLES = {capability: configs.architecture(capability) for capability in (config
 ROWS = [(capability, row) for capability, table in TABLES.items() for row in table.ROWS]
 
 
-@pytest.mark.parametrize(("capability", "row"), ROWS, ids=[f"{c}-{r.kernel}-{r.itemsize}-{i}" for i, (c, r) in enumerate(ROWS)])
+@pytest.mark.parametrize(
+    ("capability", "row"), ROWS, ids=[f"{c}-{r.kernel}-{r.itemsize}-{i}" for i, (c, r) in enumerate(ROWS)]
+)
 def test_row_is_legal(capability, row):
     tile = row.config
     for extent in (tile.block_m, tile.block_n, tile.block_k):
@@ -18,7 +20,10 @@ def test_row_is_legal(capability, row):
     assert tile.num_warps in (1, 2, 4, 8)
     assert tile.num_stages >= (2 if row.kernel == "one_launch" else 1)  # its shrink loop runs with one stage less
     assert 0.0 < row.efficiency <= 1.0
-    assert row.max_rank <= (64 if row.kernel in ("single_pass", "one_launch") else 512) or capability == configs.INTERPRETER
+    assert (
+        row.max_rank <= (64 if row.kernel in ("single_pass", "one_launch") else 512)
+        or capability == configs.INTERPRETER
+    )
     if row.kernel in ("extended", "single_pass", "one_launch"):
         assert tile.block_m and tile.block_n and tile.block_k
 

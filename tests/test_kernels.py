@@ -90,7 +90,16 @@ def look_ahead_kernel(out, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 def test_look_ahead_order_covers_every_tile_once_producers_first(device):
-    for tiles_m, tiles_n, group_m in ((1, 1, 2), (1, 5, 2), (2, 3, 2), (3, 4, 2), (5, 1, 2), (7, 3, 3), (8, 2, 4), (9, 5, 4)):
+    for tiles_m, tiles_n, group_m in (
+        (1, 1, 2),
+        (1, 5, 2),
+        (2, 3, 2),
+        (3, 4, 2),
+        (5, 1, 2),
+        (7, 3, 3),
+        (8, 2, 4),
+        (9, 5, 4),
+    ):
         out = torch.full((tiles_m * tiles_n, 2), -1, dtype=torch.int32, device=device)
         look_ahead_kernel[(tiles_m * tiles_n,)](out, tiles_m, tiles_n, group_m)
         order = [tuple(tile) for tile in out.tolist()]
@@ -148,7 +157,9 @@ def test_dropped_elements_never_reach_the_adapter(device, strategy):
 def test_backward_computes_only_what_is_needed(device, strategy, monkeypatch):
     launched = []
     real = backend.launch
-    monkeypatch.setattr(backend, "launch", lambda kernel, *args: (launched.append(kernel.__name__), real(kernel, *args)))
+    monkeypatch.setattr(
+        backend, "launch", lambda kernel, *args: (launched.append(kernel.__name__), real(kernel, *args))
+    )
     t = tensors(device)
     _, h = forward(t, strategy)
     full = backward(t, h, strategy)

@@ -78,7 +78,10 @@ def run(strategy, m=256, n=512, k=256, r=16, offset=0, dtype=torch.bfloat16):
 
 def summary(launches):
     """Names, grids and argument kinds: addresses differ from run to run."""
-    return [(name, grid, [a if isinstance(a, (int, float, str)) else type(a) for a in args]) for name, grid, args in launches]
+    return [
+        (name, grid, [a if isinstance(a, (int, float, str)) else type(a) for a in args])
+        for name, grid, args in launches
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["extended", "single_pass", "one_launch"])
@@ -111,7 +114,9 @@ def test_specialization_key_is_as_fine_as_tritons():
 
     from lora_kernels.kernels.shrink import drop_kernel
 
-    bind = create_function_from_signature(drop_kernel.signature, drop_kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    bind = create_function_from_signature(
+        drop_kernel.signature, drop_kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
     buffer = torch.empty(64, dtype=torch.int16)
     tensors = [buffer[i:].view(dtype) for i in (0, 1, 8) for dtype in (torch.float16, torch.bfloat16)]
     integers = [0, 1, 2, 15, 16, 17, 32, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 16, 2**33]

@@ -19,9 +19,9 @@ TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 # What each part may import: of the package, and of what is installed.
 ALLOWED = {
     "__init__": {"adapters", "dispatch", "functional", "modules"},
-    "adapters": {"functional", "modules", "torch", "safetensors"},
+    "adapters": {"adapters", "functional", "modules", "torch", "safetensors"},
     "modules": {"functional", "torch"},
-    "functional": {"autograd", "ops", "dispatch", "torch"},
+    "functional": {"adapters", "autograd", "ops", "dispatch", "torch"},
     "ops": {"autograd", "dispatch", "torch"},
     "autograd": {"dispatch", "torch"},
     "dispatch": {"backends", "configs", "roofline", "torch"},
