@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels import configs, roofline
-from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, triton
+from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, triton, triton_batched
 
 logger = logging.getLogger("lora_kernels")
 
@@ -21,8 +21,8 @@ class Problem(NamedTuple):
     """Everything a choice may depend on.
 
     `device` is a type such as "cuda"; `capability` is 90 for sm_90, 0 without a GPU; `tma` says whether all operands
-    lie on 16-byte boundaries and the device has TMA, `tf32` whether fp32 may run on tensor cores, `batched` that every
-    row has its own adapter (r is then the largest rank).
+    lie on 16-byte boundaries and the device has TMA, `tf32` whether fp32 may run on tensor cores. Where every row has its
+    own adapter, `distinct` is the most there can be, and r the largest rank.
     """
 
     m: int
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     num_sms: int
     tma: bool
     tf32: bool = False
-    batched: bool = False
+    distinct: int = 0
 
 
 class Plan(NamedTuple):
@@ -66,12 +66,13 @@ def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) 
     return choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy)
 
 
-def batched_plan_for(x, weight, adapters, backend=None, strategy=None) -> Plan:
-    """The plan for `x [M,K]`, `weight [N,K]` and one layer's adapters; only `forward` applies."""
+def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> Plan:
+    """The plan for `x [M,K]`, `weight [N,K]` and the adapters of y's slices; only `forward` applies."""
     (n, k), goal = weight.shape, triton.target(x.device)
+    distinct = min(len(adapters[0].ranks), max(plan.slots.numel(), 1))
     problem = Problem(
-        x.shape[0], n, k, adapters.max_rank, x.dtype, adapters.a.dtype, False, x.device.type, goal.capability,
-        goal.num_sms, tma=False, tf32=x.dtype == torch.float32 and triton.tf32_allowed(), batched=True,
+        x.shape[0], n, k, max(s.max_rank for s in adapters), x.dtype, x.dtype, False, x.device.type, goal.capability,
+        goal.num_sms, triton.tma_applies(x, weight), x.dtype == torch.float32 and triton.tf32_allowed(), distinct,
     )  # fmt: skip
     return choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy)
 
@@ -82,7 +83,7 @@ def choose(problem: Problem, backend: str | None = None, strategy: str | None = 
 
     Raises ValueError for an unknown name, NotImplementedError where what was asked for cannot run `problem`.
     """
-    backends = BATCHED_BACKENDS if problem.batched else BACKENDS
+    backends = BATCHED_BACKENDS if problem.distinct else BACKENDS
     if backend is not None and backend not in backends:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(backends)}")
     known = {name for module in backends.values() for name in module.STRATEGIES}
@@ -116,19 +117,19 @@ def _reasons(module, strategy, problem) -> list[str]:
 
 
 def _best_strategy(module, problem) -> tuple[str, str]:
-    if module is not triton:
-        first, *others = module.STRATEGIES
-        return first, f"not yet timed against {', '.join(others)}" if others else "it has no other strategy"
+    if module not in (triton, triton_batched):
+        return module.STRATEGIES[0], "it has no other strategy"
     if problem.dtype == torch.float32 and not problem.tf32:
         return "chained", "fp32 without tf32 has no tensor cores, and cuBLAS is best there"
     if problem.capability >= 90 and not problem.tma:
-        why = "rows of x, weight, lora_a, lora_b or y are not on 16-byte boundaries, so no TMA"
+        operands = "x, weight or y" if problem.distinct else "x, weight, lora_a, lora_b or y"
+        why = f"rows of {operands} are not on 16-byte boundaries, so no TMA"
         _say_once(f"using the chained strategy, because {why}")
         return "chained", why
     costs = {
         strategy: modelled_cost(strategy, problem).seconds
-        for strategy in DEFAULT_STRATEGIES
-        if not triton.strategy_reasons_unsupported(strategy, problem)
+        for strategy in (module.STRATEGIES if problem.distinct else DEFAULT_STRATEGIES)
+        if not module.strategy_reasons_unsupported(strategy, problem)
     }
     best = min(costs, key=costs.get)
     return best, "modelled, not measured: " + ", ".join(f"{name} {t * 1e6:.0f} µs" for name, t in costs.items())
@@ -137,11 +138,13 @@ def _best_strategy(module, problem) -> tuple[str, str]:
 def modelled_cost(strategy: str, problem: Problem) -> roofline.Cost:
     """The roofline's bytes, flops and seconds of a forward pass under `strategy`."""
     m, n, k, r = problem.m, problem.n, problem.k, problem.r
-    itemsize = problem.dtype.itemsize
+    itemsize, ceilings = problem.dtype.itemsize, _ceilings(problem.capability)
+    if problem.distinct:
+        return roofline.batched_cost(strategy, m, n, k, r, problem.distinct, itemsize, ceilings)
     block_n = 256
     if strategy in ("single_pass", "one_launch"):
         block_n = configs.lookup(strategy, problem.capability, itemsize, m, n, r, problem.num_sms).block_n
-    return roofline.forward_cost(strategy, m, n, k, r, itemsize, _ceilings(problem.capability), block_n)
+    return roofline.forward_cost(strategy, m, n, k, r, itemsize, ceilings, block_n)
 
 
 def _ceilings(capability):
@@ -164,6 +167,7 @@ class Explanation:
         backend = self.plan.backend.__name__.rsplit(".", 1)[-1]
         lines = [
             f"y[{p.m},{p.n}] = x[{p.m},{p.k}] Wᵀ + s (x Aᵀ) Bᵀ, r = {p.r}, {p.dtype}, "
+            + (f"{p.distinct} adapters, " if p.distinct else "")
             + (f"sm_{p.capability}, {p.num_sms} SMs" if p.capability else p.device),
             f"runs     {backend} / {self.plan.strategy}",
             f"because  {self.plan.why}",
@@ -192,10 +196,11 @@ def explain(
     dropout: bool = False,
     backend: str | None = None,
     strategy: str | None = None,
+    adapters: int | None = None,
 ) -> Explanation:
     """Why this kernel: the choice for `x [m,k]`, `weight [n,k]`, rank r, on this GPU or on one of `capability` (90: H200).
 
-    Without a GPU, and with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a
+    With `adapters` it is `lora_linear_batched` that is explained, with as many of them in the batch. Without a GPU, and with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a
     backend or strategy that cannot run the problem.
 
     >>> print(explain(8192, 4096, 4096, 16).plan.strategy)
@@ -206,16 +211,20 @@ def explain(
     else:
         capability = 90 if capability is None else capability
         num_sms, tma = configs.architecture(capability).NUM_SMS, capability >= 90
-    tma = tma and not any(extent * dtype.itemsize % 16 for extent in (n, k, r))
+    distinct = 0 if adapters is None else min(adapters, max(m, 1))
+    tma = tma and not any(extent * dtype.itemsize % 16 for extent in (n, k, *(() if distinct else (r,))))
     tf32 = dtype == torch.float32 and triton.tf32_allowed()
-    problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma, tf32)
+    problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma, tf32, distinct)
+    module, prefix = (triton_batched, "batched_") if distinct else (triton, "")
     strategies = [
-        s for s in triton.STRATEGIES if configs.candidates(s, capability, dtype.itemsize, m, r) or s == "chained"
+        s
+        for s in module.STRATEGIES
+        if configs.candidates(prefix + s, capability, dtype.itemsize, m, r) or prefix + s == "chained"
     ]
     return Explanation(
         problem,
         choose(problem, backend, strategy),
         roofline.base_cost(m, n, k, dtype.itemsize, _ceilings(capability)),
         {s: modelled_cost(s, problem) for s in strategies},
-        {s: triton.strategy_reasons_unsupported(s, problem) for s in strategies},
+        {s: module.strategy_reasons_unsupported(s, problem) for s in strategies},
     )

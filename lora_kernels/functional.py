@@ -1,6 +1,7 @@
 """The functions people call: check the arguments, flatten the leading dimensions, go to autograd or the operator."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,25 +67,28 @@ def lora_linear(
 def lora_linear_batched(
     x: Tensor,
     weight: Tensor,
-    adapters: LayerAdapters,
+    adapters: LayerAdapters | Sequence[LayerAdapters],
     plan: BatchPlan,
     *,
     bias: Tensor | None = None,
     backend: str | None = None,
     strategy: str | None = None,
 ) -> Tensor:
-    """A linear layer in which every row has its own adapter, or none: inference for many tenants in one batch.
+    """A linear layer in which every row has its own adapters, or none: inference for many tenants in one batch.
 
     x         `[..., K]`; its rows, in order, are those of the plan
     weight    `[N, K]`, same dtype as x
-    adapters  one layer's: `a [slots, R_max, K]`, `b [slots, N, R_max]` (x's dtype), ranks up to 512, scalings
-    plan      the slot of each row; shared by all layers of the step
+    adapters  one layer's: `a [slots, R_max, K]`, `b [slots, N, R_max]` (x's dtype), ranks up to 512, scalings; or several
+              layers', whose weights are stacked in `weight`: those of q, k and v, or gate and up, with widths that add up
+              to N and equally many slots
+    plan      the slots of each row; shared by all layers of the step
     bias      `[N]`, same dtype as x
     backend   None (dispatch decides), "triton" or "eager"
-    strategy  None (dispatch decides), "extended" or "one_launch" (triton), "looped" (eager)
+    strategy  None (dispatch decides), "one_launch", "extended" or "chained" (triton), "looped" (eager)
 
-    Returns `y [..., N]`. A row's bits depend on that row and its own adapter alone, and nothing is read back from a GPU
-    (except by the eager backend), so a CUDA graph replays it with other slots, ranks and adapters.
+    Returns `y [..., N]`. A row's bits depend on that row and its own adapters alone (`chained`: on the number of rows
+    too, as the base layer's by cuBLAS do), and nothing is read back from a GPU (except by the eager backend), so a CUDA
+    graph replays it with other slots, ranks and adapters.
     Raises TypeError or ValueError for arguments that break the above, NotImplementedError where x needs a gradient, or for
     a backend or strategy that was asked for and cannot run this problem.
 
@@ -95,47 +99,64 @@ def lora_linear_batched(
     >>> torch.allclose(y[1], weight @ x[1], atol=1e-4)
     True
     """
-    for name, value, kind in (("adapters", adapters, LayerAdapters), ("plan", plan, BatchPlan)):
+    adapters = (adapters,) if isinstance(adapters, LayerAdapters) else tuple(adapters)
+    _check_batched(x, weight, adapters, plan, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if ops.must_trace(x):
+        y = ops.lora_linear_batched(
+            rows, weight, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)), *plan.parts, backend, strategy
+        )  # fmt: skip
+    else:
+        chosen = dispatch.batched_plan_for(rows, weight, adapters, plan, backend, strategy)
+        y = chosen.forward(rows, weight, bias, adapters, plan)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check_batched(x, weight, adapters, plan, bias):
+    for name, value, kind in (*(("adapters", s, LayerAdapters) for s in adapters), ("plan", plan, BatchPlan)):
         if not isinstance(value, kind):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}")
-    tensors = {"x": x, "weight": weight, "adapters.a": adapters.a, "plan.slots": plan.slots}
+    if not adapters:
+        raise ValueError("adapters: got none, expected a LayerAdapters, or one for each slice of y's columns")
+    tensors = {"x": x, "weight": weight, "plan.slots": plan.slots, **{"adapters.a": s.a for s in adapters}}
     _check_tensors(tensors | ({} if bias is None else {"bias": bias}))
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x: got shape {list(x.shape)}, expected [..., K] for weight [N, K], which is {list(weight.shape)}"
         )
-    (n, k), (slots, rank) = weight.shape, (len(adapters.ranks), adapters.max_rank)
-    if adapters.a.shape[-1] != k or adapters.b.shape[1] != n:
+    n, k = weight.shape
+    if sum(s.b.shape[1] for s in adapters) != n or any(s.a.shape[-1] != k for s in adapters):
+        got = " and ".join(f"a {list(s.a.shape)}, b {list(s.b.shape)}" for s in adapters)
+        wanted = f"{n}" if len(adapters) == 1 else f"N_{{1..{len(adapters)}}} which add up to {n}"
         raise ValueError(
-            f"adapters: got a {list(adapters.a.shape)} and b {list(adapters.b.shape)}, "
-            f"expected [slots, R, {k}] and [slots, {n}, R] (packed [rows, {k}] and [rows, {n}]), since weight is {[n, k]}"
+            f"adapters: got {got}, expected [slots, R, {k}] and [slots, {wanted}, R] "
+            f"(packed [rows, {k}] and [rows, {wanted}]), since weight is {[n, k]}"
         )
-    if not (1 <= rank <= MAX_RANK and slots >= 1):
-        raise ValueError(
-            f"adapters: got {slots} slots of rank {rank}, expected at least 1, and 1 <= R_max <= {MAX_RANK}"
-        )
+    slots = [len(s.ranks) for s in adapters]
+    if len(set(slots)) > 1:
+        raise ValueError(f"adapters: got {slots} slots, expected the same number in each slice")
+    for s in adapters:
+        if not (1 <= s.max_rank <= MAX_RANK and slots[0] >= 1):
+            raise ValueError(
+                f"adapters: got {slots[0]} slots of rank {s.max_rank}, expected at least 1, and 1 <= R_max <= {MAX_RANK}"
+            )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias: got shape {list(bias.shape)}, expected {[n]}, since weight is {[n, k]}")
-    rows = x.reshape(-1, k)
-    if len(plan) != rows.shape[0]:
+    if len(plan) * k != x.numel():
         raise ValueError(
-            f"plan: got {len(plan)} slots, expected {rows.shape[0]}, one for each row of x {list(x.shape)}"
+            f"plan: got {len(plan)} rows of slots, expected {x.numel() // k}, one for each row of x {list(x.shape)}"
         )
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    for name, tensor in (("weight", weight), ("adapters", adapters.a), ("bias", bias)):
+    for name, tensor in (("weight", weight), *(("adapters", s.a) for s in adapters), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x")
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, adapters.a, adapters.b, bias)
-    ):
+    learning = (x, weight, bias, *(t for s in adapters for t in (s.a, s.b)))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learning):
         raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
-    if plan.slots.device.type == "cpu" and len(plan) and int(plan.slots.max()) >= slots:
-        raise ValueError(
-            f"plan: got slot {int(plan.slots.max())}, expected at most {slots - 1}, the last of the adapters"
-        )
-    chosen = dispatch.batched_plan_for(rows, weight, adapters, backend, strategy)
-    return chosen.forward(rows, weight, bias, adapters, plan).view(*x.shape[:-1], n)
+    if plan.slots.device.type == "cpu" and len(plan) and not torch.compiler.is_compiling():
+        if (last := int(plan.slots.max())) >= slots[0]:
+            raise ValueError(f"plan: got slot {last}, expected at most {slots[0] - 1}, the last of the adapters")
 
 
 def draw_seed(device) -> Tensor:

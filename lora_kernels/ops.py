@@ -1,7 +1,8 @@
 """The registered operators: what torch.compile, torch.export and selective checkpointing see as one node.
 
 `lora_kernels::lora_linear(x [M,K], weight [N,K], bias [N]?, lora_a [R,K], lora_b [N,R], scaling [], dropout_p,
-seed []?, backend?, strategy?) -> (y [M,N], h [M,R])`, and its backward. Eager calls go through `autograd` instead,
+seed []?, backend?, strategy?) -> (y [M,N], h [M,R])`, and its backward; `lora_linear_batched`, with `LayerAdapters` and
+`BatchPlan` taken apart. Eager calls go through `autograd` instead,
 because crossing the dispatcher costs more than launching the kernel.
 """
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dispatch
+from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.autograd import autocasts, bias_gradient, no_double_backward
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -23,8 +25,15 @@ _library.define(
     "-> (Tensor dx, Tensor da, Tensor db)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "lora_linear_batched(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, Tensor[] ranks, "
+    "Tensor[] scalings, Tensor[] first_row, int[] max_rank, Tensor slots, Tensor? weights, Tensor order, Tensor segment, "
+    "Tensor distinct, str? backend=None, str? strategy=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 lora_linear = torch.ops.lora_kernels.lora_linear
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward
+lora_linear_batched = torch.ops.lora_kernels.lora_linear_batched
 
 
 def must_trace(x: Tensor) -> bool:
@@ -61,6 +70,18 @@ def _backward_fake(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, n
     return tuple(like.new_empty(shape if need else 0) for need, (shape, like) in zip(needs, shapes, strict=True))
 
 
+def _batched(x, weight, bias, a, b, ranks, scalings, first_row, max_rank, *plan_and_choice):
+    *parts_of_plan, backend, strategy = plan_and_choice
+    slices = zip(a, b, ranks, scalings, first_row, max_rank, strict=True)
+    adapters, plan = tuple(LayerAdapters.unchecked(*parts) for parts in slices), BatchPlan.of_parts(*parts_of_plan)
+    chosen = dispatch.batched_plan_for(x, weight, adapters, plan, backend, strategy)
+    return chosen.forward(x, weight, bias, adapters, plan)
+
+
+def _batched_fake(x, weight, *_):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 def _setup_context(ctx, inputs, output):
     x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy = inputs
     _, h = output
@@ -93,6 +114,7 @@ def _autocast(device_type):
 for _name, _impl, _fake in (
     ("lora_linear", _forward, _forward_fake),
     ("lora_linear_backward", _backward, _backward_fake),
+    ("lora_linear_batched", _batched, _batched_fake),
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)

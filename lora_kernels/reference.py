@@ -28,14 +28,18 @@ def lora_linear_backward(dy, x, weight, lora_a, lora_b, scaling, keep=None, drop
     return dx, g.mT @ x_dropped, dy.mT @ (scaling * (x_dropped @ lora_a.mT)), dy.sum(0)
 
 
-def lora_linear_batched(x, weight, a, b, ranks, scalings, slots, bias=None) -> Tensor:
-    """`y [M,N]` where row i uses the adapter `slots[i]` of `a [slots,R_max,K]` and `b [slots,N,R_max]`, or none if it is -1."""
-    rows = []
-    for i, slot in enumerate(slots.tolist()):
-        r = int(ranks[slot]) if 0 <= slot < len(ranks) else 0
-        adapter = (a[slot, :r], b[slot, :, :r], float(scalings[slot])) if r else (a[0, :0], b[0, :, :0], 0.0)
-        rows.append(lora_linear(x[i : i + 1], weight, *adapter, bias))
-    return torch.cat(rows) if rows else x.new_empty(0, weight.shape[0])
+def lora_linear_batched(x, weight, a, b, ranks, scalings, slots, bias=None, weights=None) -> Tensor:
+    """`y [M,N]` where row i uses the adapters `slots[i]` of `a [slots,R_max,K]` and `b [slots,N,R_max]`, and -1 is none.
+
+    Row i adds `weights[i,j] scaling (x Aᵀ) Bᵀ` for each entry j of `slots [M,S]`; `[M]` is `[M,1]`, and weights None is 1.
+    """
+    y = lora_linear(x, weight, a[0, :0], b[0, :, :0], 0.0, bias)
+    for i, row in enumerate((slots[:, None] if slots.dim() == 1 else slots).tolist()):
+        for j, slot in enumerate(row):
+            if 0 <= slot < len(ranks) and (r := int(ranks[slot])):
+                scaling = float(scalings[slot]) * (1.0 if weights is None else float(weights[i, j]))
+                y[i] += scaling * ((x[i] @ a[slot, :r].mT) @ b[slot, :, :r].mT)
+    return y
 
 
 def dropout_keep(seed, rows: int, cols: int, dropout_p: float, device=None) -> Tensor:

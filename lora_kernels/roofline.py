@@ -7,6 +7,7 @@ docs/kernels.md derives the terms.
 from typing import NamedTuple
 
 MMA_RANK = 16  # the narrowest MMA: a smaller rank costs as much
+EXPAND_ROWS = 64  # of a tile: it meets at most as many adapters
 LAUNCH = 2e-6  # seconds between two dependent kernels
 
 
@@ -51,6 +52,26 @@ def forward_cost(strategy, m, n, k, r, itemsize, ceilings, block_n=256) -> Cost:
         ride = max(0.2, rank / 256) * 2 * m * k * min(block_n, n)
         return _kernel(ceilings, gemm_bytes + lora_bytes, 2 * m * n * k + ride + expand_flops)
     raise ValueError(f"strategy: got {strategy!r}, expected extended, chained, single_pass or one_launch")
+
+
+def batched_cost(strategy, m, n, k, r, distinct, itemsize, ceilings) -> Cost:
+    """A layer whose rows have `distinct` adapters of rank r between them; h goes through memory in fp32."""
+    rank, own = max(r, MMA_RANK), min(distinct, EXPAND_ROWS)
+    gemm_bytes, h_bytes = itemsize * (m * k + n * k + m * n), 4 * m * r
+    shrink_bytes, expand_bytes = itemsize * (m * k + distinct * r * k) + h_bytes, itemsize * distinct * r * n + h_bytes
+    shrink_flops = 2 * m * k * rank
+    base = base_cost(m, n, k, itemsize, ceilings)
+    if strategy == "one_launch":  # every tile meets every adapter of the batch
+        flops = base.flops + shrink_flops + 2 * m * n * rank * distinct
+        return _kernel(ceilings, gemm_bytes + shrink_bytes - itemsize * m * k + expand_bytes, flops)
+    shrink = _kernel(ceilings, shrink_bytes, shrink_flops)
+    if strategy == "extended":
+        return _add(shrink, _kernel(ceilings, gemm_bytes + expand_bytes, base.flops + 2 * m * n * rank * own))
+    if strategy == "chained":
+        expand = _kernel(ceilings, expand_bytes + 2 * itemsize * m * n, 2 * m * n * rank * own)
+        together = max(base.seconds, shrink.seconds)
+        return Cost(*_add(base, shrink, expand)[:2], together + expand.seconds)
+    raise ValueError(f"strategy: got {strategy!r}, expected one_launch, extended or chained")
 
 
 def _kernel(ceilings, moved, flops):

@@ -9,42 +9,91 @@ from torch import Tensor
 class BatchPlan:
     """The adapters of a step's rows; build it once, and let every layer of the step share it.
 
-    slots  `[M]` int32 on the device of x: row i uses the adapter in slot `slots[i]`; -1 is the base layer alone
+    slots    `[M]` int32 on the device of x: row i uses the adapter in slot `slots[i]`; -1 is the base layer alone;
+             or `[M, S]`: row i uses up to S adapters, whose terms are added up in this order
+    weights  `[M, S]` fp32, as slots: what each of them is multiplied by, beside its scaling; None is 1
 
-    Building it launches a sort and reads nothing back. `update` writes a new step's slots into the same memory, so that a
-    CUDA graph that was captured with this plan replays with them.
+    Building it launches a sort and a few small kernels, and reads nothing back. `update` writes a new step's slots into
+    the same memory, so that a CUDA graph that was captured with this plan replays with them.
     A slot that the adapters do not have counts as -1; on the CPU it is refused when the plan is used.
-    Raises TypeError or ValueError where slots is not a 1-D int32 tensor.
+    Raises TypeError or ValueError where slots is no int32, or weights no fp32 tensor of the shapes above.
 
     >>> plan = BatchPlan(torch.tensor([2, -1, 0, 2], dtype=torch.int32))
-    >>> plan.order.tolist()
-    [1, 2, 0, 3]
+    >>> plan.order.tolist(), plan.segment.tolist(), plan.distinct[:3].tolist()
+    ([1, 2, 0, 3], [0, 1, 2, 2], [-1, 0, 2])
     """
 
-    def __init__(self, slots: Tensor):
-        self.slots = torch.empty_like(_checked(slots))
-        self.order = torch.empty_like(self.slots)  # rows sorted by slot: neighbours share an adapter
-        self.update(slots)
+    def __init__(self, slots: Tensor, weights: Tensor | None = None):
+        _check_slots(slots)
+        self.slots = torch.empty_like(slots, memory_format=torch.contiguous_format)
+        self.weights = None if weights is None else torch.empty(slots.shape, device=slots.device)
+        # Of the entries, which are the elements of slots, in the order of their slots:
+        self.order = torch.empty_like(self.slots).view(-1)
+        self.segment = torch.empty_like(self.order)  # numbers the distinct slots, 0 and up
+        self.distinct = torch.empty_like(self.order)  # the slot of a segment
+        self.update(slots, weights)
 
-    def update(self, slots: Tensor) -> None:
-        """Take the slots of another step with as many rows; raises ValueError if there are more or fewer."""
-        if _checked(slots).shape != self.slots.shape:
+    @classmethod
+    def of_parts(cls, *parts: Tensor | None) -> "BatchPlan":
+        """A plan from another one's `parts`."""
+        plan = object.__new__(cls)
+        plan.slots, plan.weights, plan.order, plan.segment, plan.distinct = parts
+        return plan
+
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """slots, weights, order, segment, distinct."""
+        return self.slots, self.weights, self.order, self.segment, self.distinct
+
+    def update(self, slots: Tensor, weights: Tensor | None = None) -> None:
+        """Take the slots (and weights) of another step; raises ValueError where their shapes are others than before."""
+        _check_slots(slots)
+        if slots.shape != self.slots.shape:
             raise ValueError(
-                f"slots: got {slots.shape[0]} rows, expected {self.slots.shape[0]}, as when the plan was made"
+                f"slots: got shape {list(slots.shape)}, expected {list(self.slots.shape)}, as when the plan was made"
             )
+        if (weights is None) != (self.weights is None):
+            raise ValueError(
+                f"weights: got {'none' if weights is None else 'some'}, but there were "
+                f"{'none' if self.weights is None else 'some'} when the plan was made"
+            )
+        if weights is not None:
+            _check_weights(weights, slots)
+            self.weights.copy_(weights)
         self.slots.copy_(slots)
-        self.order.copy_(torch.argsort(self.slots, stable=True))
+        ascending, order = self.slots.view(-1).sort(stable=True)
+        starts = torch.zeros_like(ascending)
+        starts[1:] = ascending[1:] != ascending[:-1]
+        self.order.copy_(order)
+        segment = torch.cumsum(starts, 0)
+        self.segment.copy_(segment)
+        self.distinct.fill_(-1).scatter_(0, segment, ascending)
+
+    @property
+    def adapters_per_row(self) -> int:
+        """S."""
+        return self.slots.shape[1] if self.slots.dim() == 2 else 1
 
     def __len__(self) -> int:
         return self.slots.shape[0]
 
 
-def _checked(slots):
+def _check_slots(slots):
     if not isinstance(slots, Tensor) or slots.dtype != torch.int32:
-        raise TypeError(f"slots: got {getattr(slots, 'dtype', type(slots).__name__)}, expected an int32 tensor [M]")
-    if slots.dim() != 1:
-        raise ValueError(f"slots: got shape {list(slots.shape)}, expected [M]")
-    return slots
+        raise TypeError(f"slots: got {getattr(slots, 'dtype', type(slots).__name__)}, expected an int32 tensor")
+    if slots.dim() not in (1, 2) or slots.shape[-1:] == (0,) and slots.dim() == 2:
+        raise ValueError(f"slots: got shape {list(slots.shape)}, expected [M] or [M, S] with S >= 1")
+
+
+def _check_weights(weights, slots):
+    if not isinstance(weights, Tensor) or weights.dtype != torch.float32:
+        got = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"weights: got {got}, expected a torch.float32 tensor")
+    if weights.shape != slots.shape or weights.device != slots.device:
+        raise ValueError(
+            f"weights: got shape {list(weights.shape)} on {weights.device}, "
+            f"expected {list(slots.shape)} on {slots.device}, as slots"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +148,19 @@ class LayerAdapters:
             object.__setattr__(self, "max_rank", self.a.shape[1])
             first_row = torch.arange(slots, dtype=torch.int64, device=self.a.device) * self.max_rank
             object.__setattr__(self, "first_row", first_row)
+
+    @classmethod
+    def unchecked(cls, *fields) -> "LayerAdapters":
+        """From all of another one's `fields`."""
+        adapters = object.__new__(cls)
+        for name, value in zip(cls.__dataclass_fields__, fields, strict=True):
+            object.__setattr__(adapters, name, value)
+        return adapters
+
+    @property
+    def fields(self) -> tuple:
+        """a, b, ranks, scalings, first_row, max_rank."""
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     @property
     def strides_b(self) -> tuple[int, int]:

@@ -38,6 +38,8 @@ def _specialization(arg):
         return arg == 1, arg % 16 == 0, arg >= 2**31
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, tuple):
+        return tuple(map(_specialization, arg))
     if arg is None or isinstance(arg, float):
         return type(arg)
     return arg.base.dtype, *arg.block_shape

@@ -88,12 +88,12 @@ def strategy_reasons_unsupported(strategy: str, problem) -> list[str]:
     return reasons
 
 
-def tma_applies(x, weight, lora_a, lora_b) -> bool:
+def tma_applies(x, weight, *lora) -> bool:
     """Whether every operand of the problem can be addressed by TMA; what is copied on the way in always can."""
-    (n, k), r, itemsize = weight.shape, lora_a.shape[0], x.element_size()
-    if not target(x.device).tma or n * itemsize % 16 or k * itemsize % 16 or r * itemsize % 16:
+    extents = (*weight.shape, *(lora_a.shape[0] for lora_a in lora[:1]))
+    if not target(x.device).tma or any(extent * x.element_size() % 16 for extent in extents):
         return False
-    used_as_is = [t for t in (x, stored(weight)[0], lora_a, lora_b) if t.stride(-1) == 1 and t.dtype == x.dtype]
+    used_as_is = [t for t in (x, stored(weight)[0], *lora) if t.stride(-1) == 1 and t.dtype == x.dtype]
     return on_16_bytes(*used_as_is)
 
 
@@ -104,7 +104,7 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
         return x.new_empty(0, n), x.new_empty(0, r)
     x, a, b, w = row_major(x), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT, weight.mT
     bias = None if bias is None else bias.contiguous()
-    with _on(x.device):
+    with device_guard(x.device):
         if strategy == "single_pass":
             return _single_pass(x, w, a, b, bias, scaling)
         if strategy == "one_launch":
@@ -125,7 +125,7 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
         return tuple(grad if need else None for grad, need in zip(zeros, needs, strict=True))
     dy, a, b = row_major(dy), lora_b.to(dy.dtype), lora_a.to(dy.dtype)
     dx = da = db = g = None
-    with _on(dy.device):
+    with device_guard(dy.device):
         if needs_x and strategy == "one_launch":
             dx, g = _one_launch(dy if on_16_bytes(dy) else dy.clone(), weight, a, b, None, scaling)
         elif needs_b and (needs_x or needs_a) and lora_a.shape[0] <= DY_PASS_MAX_RANK:
@@ -152,7 +152,7 @@ def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
     goal = target(x.device)
     w, kn = stored(w)
     aligned = on_16_bytes(x, w, y)
-    config = _config("extended", x, n, r, dropout_p, aligned)
+    config = config_for("extended", x, n, r, dropout_p, aligned)
     tma = goal.tma and aligned
     block_r = rank_block(r, cap=64)
     operands = (operand(x, (config.block_m, config.block_k), tma), weight_operand(w, kn, config, tma))
@@ -163,7 +163,7 @@ def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
         RANK_BLOCKS=cdiv(r, block_r), GROUP_M=config.group_m, HALVES=config.halves, KN=kn, DROPOUT=dropout_p > 0.0,
-        HAS_BIAS=bias is not None, **_arithmetic(x), TMA=tma,
+        HAS_BIAS=bias is not None, **arithmetic(x), TMA=tma,
     )  # fmt: skip
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     launch(_kernels().gemm.extended_kernel, (min(tiles, goal.num_sms), 1, 1), args, constants, config)
@@ -177,7 +177,7 @@ def _single_pass(x, w, a, b, bias, scaling):
     w, kn = stored(w)
     a = row_major(a.mT)
     aligned = on_16_bytes(x, w, y, a)
-    config = _config("single_pass", x, n, r, aligned=aligned)
+    config = config_for("single_pass", x, n, r, aligned=aligned)
     tma = target(x.device).tma and aligned
     block_r = rank_block(r)
     scaling, on_device = _scaling(scaling, x)
@@ -189,7 +189,7 @@ def _single_pass(x, w, a, b, bias, scaling):
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
-        HALVES=config.halves, KN=kn, HAS_BIAS=bias is not None, SCALING_ON_DEVICE=on_device, **_arithmetic(x), TMA=tma,
+        HALVES=config.halves, KN=kn, HAS_BIAS=bias is not None, SCALING_ON_DEVICE=on_device, **arithmetic(x), TMA=tma,
     )  # fmt: skip
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     launch(_kernels().gemm.single_pass_kernel, (tiles, 1, 1), args, constants, config)
@@ -201,7 +201,7 @@ def _one_launch(x, w, a, b, bias, scaling):
     r, n = b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r)
     goal = target(x.device)
-    config = _config("one_launch", x, n, r)
+    config = config_for("one_launch", x, n, r)
     (w, kn), (a, a_kr) = stored(w), stored(a)
     block_r = rank_block(r)
     scaling, on_device = _scaling(scaling, x)
@@ -216,7 +216,7 @@ def _one_launch(x, w, a, b, bias, scaling):
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
-        HALVES=config.halves, KN=kn, A_KR=a_kr, HAS_BIAS=bias is not None, SCALING_ON_DEVICE=on_device, **_arithmetic(x),
+        HALVES=config.halves, KN=kn, A_KR=a_kr, HAS_BIAS=bias is not None, SCALING_ON_DEVICE=on_device, **arithmetic(x),
         STAGES=config.num_stages, SHRINK_STAGES=config.num_stages - 1,
     )  # fmt: skip
     launch(_kernels().gemm.one_launch_kernel, (min(tiles, goal.num_sms), 1, 1), args, constants, config)
@@ -228,7 +228,7 @@ def _shrink(x, a, scaling, dropout_p=0.0, seed=None):
     r = a.shape[1]
     h = x.new_empty(m, r)
     goal = target(x.device)
-    config = _config("shrink", x, r, r)
+    config = config_for("shrink", x, r, r)
     block_r = rank_block(r, cap=128)
     programs = cdiv(m, config.block_m) * cdiv(r, block_r)
     split = max(1, min(goal.num_sms // programs, cdiv(k, config.block_k), 16))
@@ -240,7 +240,7 @@ def _shrink(x, a, scaling, dropout_p=0.0, seed=None):
             m, k, r, x.stride(0), a.stride(1), a.stride(0))  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r, SPLIT=split, DROPOUT=dropout_p > 0.0,
-        SCALING_ON_DEVICE=on_device, **_arithmetic(x), TMA=tma,
+        SCALING_ON_DEVICE=on_device, **arithmetic(x), TMA=tma,
     )  # fmt: skip
     grid = (cdiv(m, config.block_m), cdiv(r, block_r), split)
     launch(_kernels().shrink.shrink_kernel, grid, args, constants, config)
@@ -251,7 +251,7 @@ def _dy_pass(dy, b, h, scaling, dtype):
     m, n = dy.shape
     r = b.shape[1]
     goal = target(dy.device)
-    config = _config("dy_pass", dy, n, r)
+    config = config_for("dy_pass", dy, n, r)
     blocks = cdiv(n, config.block_n)
     chunk, parts = _chunks(m, config.block_m, goal.num_sms // blocks)
     g, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=dtype)
@@ -260,7 +260,7 @@ def _dy_pass(dy, b, h, scaling, dtype):
     tma = goal.tma and on_16_bytes(dy)
     args = (operand(dy, (config.block_m, config.block_n), tma), b, h, g_planes, db_planes, m, n, r, chunk,
             dy.stride(0), *b.stride())  # fmt: skip
-    constants = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=rank_block(r), **_arithmetic(dy), TMA=tma)
+    constants = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=rank_block(r), **arithmetic(dy), TMA=tma)
     launch(_kernels().wgrad.dy_pass_kernel, (blocks, parts, 1), args, constants, config)
     return _sum_planes(g_planes, g, scaling), _sum_planes(db_planes, db)
 
@@ -270,7 +270,7 @@ def _wgrad(wide, narrow, out, dropout_p=0.0, seed=None):
     m, c = wide.shape
     r = narrow.shape[1]
     goal = target(wide.device)
-    config = _config("wgrad", wide, c, r)
+    config = config_for("wgrad", wide, c, r)
     block_r = rank_block(r, cap=128)
     blocks = cdiv(c, config.block_n) * cdiv(r, block_r)
     chunk, parts = _chunks(m, config.block_m, 2 * goal.num_sms // blocks)
@@ -286,7 +286,7 @@ def _wgrad(wide, narrow, out, dropout_p=0.0, seed=None):
         BLOCK_C=config.block_n,
         BLOCK_R=block_r,
         DROPOUT=dropout_p > 0.0,
-        **_arithmetic(wide),
+        **arithmetic(wide),
         TMA=tma,
     )
     grid = (cdiv(c, config.block_n), cdiv(r, block_r), parts)
@@ -297,7 +297,7 @@ def _wgrad(wide, narrow, out, dropout_p=0.0, seed=None):
 def _sum_planes(planes, out, scaling=1.0):
     """Write `scaling Σ planes [P, ...]` into `out`, whose memory is laid out as each plane's."""
     scaling, on_device = _scaling(scaling, planes)
-    constants = dict(BLOCK=1024, SCALING_ON_DEVICE=on_device, ACC=_arithmetic(planes)["ACC"])
+    constants = dict(BLOCK=1024, SCALING_ON_DEVICE=on_device, ACC=arithmetic(planes)["ACC"])
     args = (planes, out, scaling, out.numel(), planes.shape[0])
     grid = (cdiv(out.numel(), 1024), 1, 1)
     launch(_kernels().shrink.sum_planes_kernel, grid, args, constants, configs.Config(block_m=1024))
@@ -308,7 +308,7 @@ def _drop_in_place(x, dropout_p, seed):
     if dropout_p == 0.0:
         return x
     m, k = x.shape
-    constants = dict(BLOCK_M=16, BLOCK_K=256, ACC=_arithmetic(x)["ACC"])
+    constants = dict(BLOCK_M=16, BLOCK_K=256, ACC=arithmetic(x)["ACC"])
     args = (x, seed, *_dropout(dropout_p), m, k)
     launch(_kernels().shrink.drop_kernel, (cdiv(m, 16), cdiv(k, 256), 1), args, constants, configs.Config(block_m=16))
     return x
@@ -327,13 +327,13 @@ def _interpreter_is_mended() -> bool:
     return getattr(InterpreterBuilder, "_lora_kernels_mended", False)
 
 
-def _on(device):
+def device_guard(device):
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
-def _config(kernel, x, n, r, dropout_p=0.0, aligned=True):
+def config_for(kernel, x, n, r, dropout_p=0.0, aligned=True):
     goal = target(x.device)
     return _lookup(kernel, goal.capability, x.element_size(), x.shape[0], n, r, goal.num_sms, dropout_p > 0.0, aligned)
 
@@ -348,7 +348,7 @@ def tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def _arithmetic(x):
+def arithmetic(x):
     return _constants_of(x.dtype, x.dtype == torch.float32 and tf32_allowed())
 
 

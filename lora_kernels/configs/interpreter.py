@@ -15,7 +15,9 @@ ROWS = tuple(
         ("one_launch", Config(32, 64, 32, group_m=2, halves=True, num_stages=2)),
         ("dy_pass", Config(32, 64)),
         ("wgrad", Config(32, 64)),
+        ("batched_shrink", Config(16, 64, 64)),
         ("batched_one_launch", Config(32, 32, 64)),
         ("batched_extended", Config(32, 32, 64, group_m=2)),
+        ("batched_chained", Config(32, 32, group_m=2)),
     )
 )

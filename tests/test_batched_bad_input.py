@@ -1,0 +1,127 @@
+"""Every bad argument of `lora_linear_batched`, `BatchPlan` and `LayerAdapters` is refused by name."""
+
+import pytest
+import torch
+from batches import Batch, on
+
+from lora_kernels import BatchPlan, lora_linear_batched
+
+
+def call(**change):
+    batch = Batch()
+    plan = BatchPlan(batch.slots)
+    arguments = dict(x=batch.x, weight=batch.weight, adapters=batch.adapters, plan=plan, bias=batch.bias)
+    return lora_linear_batched(**{**arguments, **change})
+
+
+def adapters(**change):
+    return on(Batch().adapters[0], "cpu", **change)
+
+
+def slices(*widths, **change):
+    """Those of `widths`, the last one changed."""
+    *others, last = Batch(widths=widths).adapters
+    return *others, on(last, "cpu", **change)
+
+
+def plan(*shape, dtype=torch.int32, weights=None):
+    return BatchPlan(torch.zeros(*shape, dtype=dtype), weights)
+
+
+BAD = {
+    "x is a list": (lambda: call(x=[1.0]), TypeError, "x: got list"),
+    "x has another K": (lambda: call(x=torch.randn(40, 95)), ValueError, r"x: got shape \[40, 95\].*\[72, 96\]"),
+    "x is a scalar": (lambda: call(x=torch.tensor(1.0)), ValueError, r"x: got shape \[\]"),
+    "x has more rows": (lambda: call(x=torch.randn(41, 96)), ValueError, "plan: got 40 rows of slots, expected 41"),
+    "x is half": (lambda: call(x=torch.randn(40, 96).half()), TypeError, "weight: got torch.float32, expected torch.float16"),
+    "x is an integer": (lambda: call(x=torch.ones(40, 96, dtype=torch.int64)), TypeError, "x: got torch.int64"),
+    "x is meta": (lambda: call(x=torch.empty(40, 96, device="meta")), ValueError, "x: got a meta tensor"),
+    "x wants a gradient": (lambda: call(x=torch.randn(40, 96, requires_grad=True)), NotImplementedError, "no backward"),
+    "weight is 1-D": (lambda: call(weight=torch.randn(96)), ValueError, r"weight \[N, K\], which is \[96\]"),
+    "weight has another N": (
+        lambda: call(weight=torch.randn(73, 96)),
+        ValueError, r"expected \[slots, R, 96\] and \[slots, 73, R\]",
+    ),
+    "weight is meta": (lambda: call(weight=torch.empty(72, 96, device="meta")), ValueError, "weight: got a meta tensor"),
+    "bias is too long": (lambda: call(bias=torch.randn(73)), ValueError, r"bias: got shape \[73\], expected \[72\]"),
+    "bias is half": (lambda: call(bias=torch.randn(72).half()), TypeError, "bias: got torch.float16, expected torch.float32"),
+    "adapters are numbers": (lambda: call(adapters=(1, 2)), TypeError, "adapters: got int, expected a LayerAdapters"),
+    "no adapters": (lambda: call(adapters=()), ValueError, "adapters: got none, expected a LayerAdapters"),
+    "slices are too wide": (
+        lambda: call(adapters=slices(40, 40)),
+        ValueError, r"b \[5, 40, 33\] and .* N_\{1..2\} which add up to 72",
+    ),
+    "slices differ in K": (
+        lambda: call(adapters=slices(40, 32, a=torch.randn(5, 33, 95))),
+        ValueError, r"and a \[5, 33, 95\].*expected \[slots, R, 96\]",
+    ),
+    "slices differ in slots": (
+        lambda: call(adapters=(*Batch(widths=(40,)).adapters, *Batch(widths=(32,), slots=4).adapters)),
+        ValueError, r"adapters: got \[5, 4\] slots, expected the same number",
+    ),
+    "slices differ in dtype": (
+        lambda: call(adapters=(*Batch(widths=(40,)).adapters, *Batch(widths=(32,), dtype=torch.float16).adapters)),
+        TypeError, "adapters: got torch.float16, expected torch.float32",
+    ),
+    "plan is a tensor": (lambda: call(plan=torch.zeros(40)), TypeError, "plan: got Tensor, expected a BatchPlan"),
+    "slot past the end": (
+        lambda: call(plan=BatchPlan(torch.full((40,), 5, dtype=torch.int32))),
+        ValueError, "slot 5, expected at most 4",
+    ),
+    "unknown backend": (lambda: call(backend="cuda"), ValueError, "backend: got 'cuda'"),
+    "unknown strategy": (
+        lambda: call(strategy="single_pass"),
+        ValueError, "strategy: got 'single_pass', expected one of chained, extended",
+    ),
+    "strategy of the other": (
+        lambda: call(backend="eager", strategy="one_launch"),
+        NotImplementedError, "no strategy 'one_launch'",
+    ),
+    "slots are int64": (
+        lambda: BatchPlan(torch.zeros(4, dtype=torch.int64)),
+        TypeError, "slots: got torch.int64, expected an int32",
+    ),
+    "slots are a list": (lambda: BatchPlan([0, 1]), TypeError, "slots: got list"),
+    "slots are 3-D": (lambda: plan(2, 2, 2), ValueError, r"slots: got shape \[2, 2, 2\], expected \[M\] or \[M, S\]"),
+    "no slots a row": (lambda: plan(2, 0), ValueError, r"slots: got shape \[2, 0\]"),
+    "update with more rows": (
+        lambda: plan(4).update(torch.zeros(5, dtype=torch.int32)),
+        ValueError, r"slots: got shape \[5\], expected \[4\]",
+    ),
+    "update without weights": (
+        lambda: plan(4, weights=torch.ones(4)).update(torch.zeros(4, dtype=torch.int32)),
+        ValueError, "weights: got none, but there were some",
+    ),
+    "update with weights": (
+        lambda: plan(4).update(torch.zeros(4, dtype=torch.int32), torch.ones(4)),
+        ValueError, "weights: got some, but there were none",
+    ),
+    "weights are half": (lambda: plan(4, weights=torch.ones(4).half()), TypeError, "weights: got torch.float16"),
+    "weights are a list": (lambda: plan(4, weights=[1.0]), TypeError, "weights: got list"),
+    "weights of another shape": (
+        lambda: plan(4, 2, weights=torch.ones(4)),
+        ValueError, r"weights: got shape \[4\] on cpu, expected \[4, 2\] on cpu",
+    ),
+    "a is 2-D": (lambda: adapters(a=torch.randn(5, 33)), ValueError, r"a: got shape \[5, 33\]"),
+    "a is a view": (lambda: adapters(a=torch.randn(5, 96, 33).mT), ValueError, "a: got shape.*contiguous"),
+    "a and b differ in dtype": (lambda: adapters(b=torch.randn(5, 72, 33).half()), TypeError, "b: got torch.float16"),
+    "a and b differ in rank": (
+        lambda: adapters(b=torch.randn(5, 72, 32)),
+        ValueError, r"b: got shape \[5, 72, 32\], expected \[5, N, 33\]",
+    ),
+    "a and b differ in slots": (lambda: adapters(b=torch.randn(4, 72, 33)), ValueError, r"expected \[5, N, 33\]"),
+    "ranks are int64": (
+        lambda: adapters(ranks=torch.ones(5, dtype=torch.int64)),
+        TypeError, "ranks: got torch.int64, expected torch.int32",
+    ),
+    "too few ranks": (lambda: adapters(ranks=torch.ones(4, dtype=torch.int32)), ValueError, "ranks: got 4 slots, expected 5"),
+    "scalings are half": (lambda: adapters(scalings=torch.ones(5).half()), TypeError, "scalings: got torch.float16"),
+    "too many scalings": (lambda: adapters(scalings=torch.ones(6)), ValueError, "scalings: got 6 slots, expected 5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    action, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        action()
