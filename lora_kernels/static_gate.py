@@ -31,7 +31,10 @@ SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @dataclass(frozen=True)
 class Case:
-    """A layer whose forward and backward pass are recorded; where `aligned`, all rows lie on 16-byte boundaries."""
+    """A layer whose forward and backward pass are recorded; where `aligned`, all rows lie on 16-byte boundaries.
+
+    In a batched layer the columns come in slices of `widths`, and a row has `per_row` adapters, weighted if several.
+    """
 
     dtype: torch.dtype
     r: int
@@ -44,16 +47,18 @@ class Case:
     tf32: bool = False
     lora_dtype: torch.dtype | None = None
     scaling_on_device: bool = False
+    widths: tuple[int, ...] = ()
+    per_row: int = 1
 
 
 CASES = {  # by itemsize; every switch of every kernel is on in one case and off in another
     2: (
         Case(torch.bfloat16, 16),
-        Case(torch.bfloat16, 64, bias=True, lora_dtype=torch.float32, scaling_on_device=True),
-        Case(torch.bfloat16, 128),
+        Case(torch.bfloat16, 64, bias=True, lora_dtype=torch.float32, scaling_on_device=True, per_row=2),
+        Case(torch.bfloat16, 128, widths=(2048, 1024, 1024)),
         Case(torch.bfloat16, 64, dropout_p=0.1),
         Case(torch.bfloat16, 16, m=16),
-        Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False),
+        Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False, widths=(4000, 95)),
         Case(torch.bfloat16, 100, m=8191, n=4095, k=4097, aligned=False),
         Case(torch.float16, 16),
     ),
@@ -90,8 +95,6 @@ def variants(capabilities=configs.ARCHITECTURES) -> list[Variant]:
     found = {}
     for capability in capabilities:
         for row in configs.architecture(capability).ROWS:
-            # A rank that is known on the device alone leaves the loads of b narrow: only spills and sizes are judged there.
-            judged = not row.kernel.startswith("batched_")
             for case in CASES[row.itemsize]:
                 for kernel, args, constants, config in _launches(case, row, capability):
                     name = _name(capability, kernel, args, constants, config)
@@ -99,7 +102,7 @@ def variants(capabilities=configs.ARCHITECTURES) -> list[Variant]:
                     if name in found and found[name][0] != key:
                         raise RuntimeError(f"two different launches are both called {name!r}")
                     if name not in found or case.aligned:
-                        variant = Variant(name, capability, kernel, args, constants, config, case.aligned and judged)
+                        variant = Variant(name, capability, kernel, args, constants, config, case.aligned)
                         found[name] = key, variant
     return [variant for _, (_, variant) in sorted(found.items())]
 
@@ -148,11 +151,18 @@ def _launches(case: Case, row: configs.Row, capability: int):
 
 
 def _run_batched(case, row, x, weight, bias):
-    slots = 8
-    a, b = _empty(case.dtype, slots, case.r, case.k), _empty(case.dtype, slots, case.n, case.r)
-    adapters = LayerAdapters(a, b, _empty(torch.int32, slots), _empty(torch.float32, slots))
-    plan = BatchPlan(_empty(torch.int32, x.shape[0]))
-    triton_batched.forward(x, weight, bias, adapters, plan, row.kernel.removeprefix("batched_"))
+    slots, several = 8, (case.per_row,) if case.per_row > 1 else ()
+    adapters = tuple(
+        LayerAdapters(
+            _empty(case.dtype, slots, case.r, case.k), _empty(case.dtype, slots, width, case.r),
+            _empty(torch.int32, slots), _empty(torch.float32, slots),
+        )
+        for width in case.widths or (case.n,)
+    )  # fmt: skip
+    entries = _empty(torch.int32, x.shape[0], *several)
+    plan = BatchPlan.of_parts(entries, _empty(torch.float32, *entries.shape) if several else None, *3 * [entries.view(-1)])
+    strategy = row.kernel.removeprefix("batched_")
+    triton_batched.forward(x, weight, bias, adapters, plan, "chained" if strategy == "shrink" else strategy)
 
 
 def _empty(dtype, *shape):
@@ -161,11 +171,17 @@ def _empty(dtype, *shape):
 
 def _name(capability, kernel, args, constants, config) -> str:
     """Architecture, kernel, dtypes, constexprs, the integers that are 1 or not a multiple of 16, launch shape."""
-    tensors = [getattr(arg, "base", arg) for arg in args]
+    named = [
+        (f"{name}{i}" if isinstance(arg, tuple) else name, item)
+        for name, arg in zip(kernel.arg_names, args, strict=False)
+        for i, item in enumerate(arg if isinstance(arg, tuple) else (arg,))
+    ]
+    tensors = [getattr(arg, "base", arg) for _, arg in named]
     dtypes = [SHORT.get(tensor.dtype) for tensor in tensors if isinstance(tensor, torch.Tensor)]
     switches = {**constants, "ACC": False, "PRECISION": constants.get("PRECISION") == "tf32" and "tf32"}
     settings = [name if value is True else f"{name}={value}" for name, value in switches.items() if value is not False]
-    integers = [(name, arg) for name, arg in zip(kernel.arg_names, args, strict=False) if isinstance(arg, int)]
+    settings += [f"slices={len(arg)}" for name, arg in zip(kernel.arg_names, args, strict=False) if name == "ranks"]
+    integers = [(name, arg) for name, arg in named if isinstance(arg, int)]
     settings += [f"one={name}" for name, arg in integers if arg == 1]
     odd = ",".join(name for name, arg in integers if arg != 1 and arg % 16)
     settings += [f"odd={odd}"] if odd else []

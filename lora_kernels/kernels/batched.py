@@ -126,16 +126,19 @@ def shrink_tile(
 
 @triton.jit
 def load_h(
-    planes, entry, factor, live, r, entries, stride, PLANES: tl.constexpr, BLOCK_R: tl.constexpr,
+    planes, entry, factor, rank, r, entries, R_MAX, stride, PLANES: tl.constexpr, BLOCK_R: tl.constexpr,
     DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """`h [entry, r : r + BLOCK_R]`, zero where not `live`: the sum of the planes, in their order, times `factor`."""
-    plane = planes + entry.to(tl.int64)[:, None] * stride + (r + tl.arange(0, BLOCK_R))[None, :]
-    h = tl.load(plane, mask=live, other=0.0, cache_modifier=".cg").to(ACC)  # L1 may hold what was there before
+    """`h [entry, r : r + BLOCK_R]` up to each entry's rank: the sum of the planes, in their order, times `factor`."""
+    offs_r = r + tl.arange(0, BLOCK_R)
+    # Not by rank: that would be loads of 4 bytes. Nor through L1, which may hold what was there before.
+    mask = (rank > r)[:, None] & (offs_r < R_MAX)[None, :]
+    plane = planes + entry.to(tl.int64)[:, None] * stride + offs_r[None, :]
+    h = tl.load(plane, mask=mask, other=0.0, cache_modifier=".cg").to(ACC)
     for _ in tl.static_range(PLANES - 1):
         plane += entries.to(tl.int64) * stride
-        h += tl.load(plane, mask=live, other=0.0, cache_modifier=".cg").to(ACC)
-    return (h * factor[:, None]).to(DTYPE)
+        h += tl.load(plane, mask=mask, other=0.0, cache_modifier=".cg").to(ACC)
+    return tl.where(offs_r[None, :] < rank[:, None], h * factor[:, None], 0.0).to(DTYPE)
 
 
 @triton.jit
@@ -167,14 +170,16 @@ def expand_rows(
         while slot != NO_SLOT:
             rank = tl.load(ranks + slot)
             b_row = tl.load(first_row + slot)
-            factor = tl.zeros((BLOCK_M,), ACC) + tl.load(scalings + slot).to(ACC)
+            mine = own == slot
+            own_rank = tl.where(mine, rank, 0)
+            factor = tl.load(scalings + slot).to(ACC) + tl.zeros((BLOCK_M,), ACC)
             if weights is not None:
                 factor *= tl.load(weights + entry, mask=rows < M, other=0.0).to(ACC)
-            mine = own == slot
             term = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-            for r in range(0, rank, BLOCK_R):
-                live = mine[:, None] & (r + tl.arange(0, BLOCK_R) < rank)[None, :]
-                h = load_h(planes, entry, factor, live, r, M * ADAPTERS, stride_h, PLANES, BLOCK_R, DTYPE, ACC)
+            for r in tl.range(0, rank, BLOCK_R, num_stages=1):  # one stage: the main loop has spent the shared memory
+                h = load_h(
+                    planes, entry, factor, own_rank, r, M * ADAPTERS, R_MAX, stride_h, PLANES, BLOCK_R, DTYPE, ACC
+                )
                 b_tile = load_b(b, b_row, rank, r, n, width, stride_bn, stride_br, BLOCK_R, BLOCK_N, WIDE)
                 term = tl.dot(h, b_tile, term, input_precision=PRECISION, out_dtype=ACC)
             acc = tl.where(mine[:, None], acc + term, acc)

@@ -36,7 +36,7 @@ def load_group(
 
 @triton.jit
 def expand_batch(
-    acc, tiles, b, rows, slots, weights, distinct, count, first_row, ranks, scalings, planes, n, M, width, num_slots,
+    acc, tiles, b, rows, slots, weights, distinct, count, first_row, ranks, scalings, planes, n, M, width, R_MAX, num_slots,
     stride_h, stride_bn, stride_br,
     ADAPTERS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
     PLANES: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,10 +50,9 @@ def expand_batch(
         if weights is not None:
             factor *= tl.load(weights + entry, mask=rows < M, other=0.0).to(ACC)
         longest = tl.max(rank)
-        for r in range(0, longest, BLOCK_R):
-            live = r + tl.arange(0, BLOCK_R)[None, :] < rank[:, None]
-            h = load_h(planes, entry, factor, live, r, M * ADAPTERS, stride_h, PLANES, BLOCK_R, DTYPE, ACC)
-            for first in range(0, count, GROUP):
+        for r in tl.range(0, longest, BLOCK_R, num_stages=1):
+            h = load_h(planes, entry, factor, rank, r, M * ADAPTERS, R_MAX, stride_h, PLANES, BLOCK_R, DTYPE, ACC)
+            for first in tl.range(0, count, GROUP, num_stages=1):  # the loads are one group ahead as it is
                 following = first + GROUP < count
                 ahead = load_group(
                     b, distinct, tl.where(following, first + GROUP, 0), count, first_row, ranks,
@@ -67,27 +66,6 @@ def expand_batch(
                         acc = tl.where((own == slot)[:, None], acc + term, acc)
                 tiles = ahead
     return acc
-
-
-@triton.jit
-def finish_tile(
-    acc, tiles, b, bias, y, slots, weights, distinct, count, first_row, ranks, scalings, planes, widths, tile, M, N, R_MAX,
-    num_slots, stride_bn, stride_br,
-    ADAPTERS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    WIDE: tl.constexpr, PLANES: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    slice, start, n = locate_columns(tile // tiles_m, widths, BLOCK_N)
-    m = tile % tiles_m * BLOCK_M
-    width = pick(widths, slice)
-    acc = expand_batch(
-        acc, tiles, pick(b, slice), m + tl.arange(0, BLOCK_M), slots, weights, distinct, count, pick(first_row, slice),
-        pick(ranks, slice), pick(scalings, slice), planes + slice * R_MAX, n, M, width, num_slots, len(b) * R_MAX,
-        pick(stride_bn, slice), pick(stride_br, slice),
-        ADAPTERS, GROUP, BLOCK_N, BLOCK_R, WIDE, PLANES, DTYPE, ACC, PRECISION,
-    )  # fmt: skip
-    store_tile(y, acc, bias, m, start + n, M, start + width, N, BLOCK_M, BLOCK_N, False, HAS_BIAS, TMA)
 
 
 @triton.jit
@@ -125,37 +103,27 @@ def batched_one_launch_kernel(
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     count = tl.load(segment + M * ADAPTERS - 1) + 1
-    if pid < SHRINKS:
+    shrinks = pid < SHRINKS
+    tile = tl.where(shrinks, 0, (pid - SHRINKS) // PARTS)
+    slice, _, n = locate_columns(tile // tiles_m, widths, BLOCK_N)
+    tiles = load_group(  # before the GEMM, so that they are there when it ends
+        pick(b, slice), distinct, 0, tl.where(shrinks, 0, count), pick(first_row, slice), pick(ranks, slice), 0, n,
+        pick(widths, slice), num_slots, pick(stride_bn, slice), pick(stride_br, slice), GROUP, BLOCK_N, BLOCK_R, WIDE,
+    )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if shrinks:
         shrink_tile(
             pid, x, a, order, segment, distinct, first_row, ranks, planes, M, K, R_MAX, num_slots, stride_xm,
             ADAPTERS, SHRINK_M, SHRINK_K, COLUMNS, BLOCK_R, SPLIT, ACC, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()  # the release covers one thread's stores only
-        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == SHRINKS - 1:
+        last = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == SHRINKS - 1
+        if last:
             tl.atomic_xchg(arrived, 0, sem="relaxed", scope="gpu")
-            for tile in range(tiles_m * count_column_tiles(widths, BLOCK_N)):
-                if tl.atomic_add(state + tile, PARTS + 1, sem="acq_rel", scope="gpu") == PARTS:
-                    slice, start, n = locate_columns(tile // tiles_m, widths, BLOCK_N)
-                    tiles = load_group(
-                        pick(b, slice), distinct, 0, count, pick(first_row, slice), pick(ranks, slice), 0, n,
-                        pick(widths, slice), num_slots, pick(stride_bn, slice), pick(stride_br, slice),
-                        GROUP, BLOCK_N, BLOCK_R, WIDE,
-                    )  # fmt: skip
-                    acc = add_parts(spill, tile, PARTS, BLOCK_M, BLOCK_N)
-                    finish_tile(
-                        acc, tiles, b, bias, y, slots, weights, distinct, count, first_row, ranks, scalings, planes,
-                        widths, tile, M, N, R_MAX, num_slots, stride_bn, stride_br,
-                        ADAPTERS, GROUP, BLOCK_M, BLOCK_N, BLOCK_R, WIDE, SPLIT, DTYPE, HAS_BIAS, Y_TMA, ACC, PRECISION,
-                    )  # fmt: skip
-                    tl.atomic_xchg(state + tile, 0, sem="relaxed", scope="gpu")
+        end = tl.where(last, tiles_m * count_column_tiles(widths, BLOCK_N), 0)
     else:
-        tile = (pid - SHRINKS) // PARTS
         part = (pid - SHRINKS) % PARTS
-        slice, start, n = locate_columns(tile // tiles_m, widths, BLOCK_N)
-        tiles = load_group(  # before the GEMM, so that they are there when it ends
-            pick(b, slice), distinct, 0, count, pick(first_row, slice), pick(ranks, slice), 0, n,
-            pick(widths, slice), num_slots, pick(stride_bn, slice), pick(stride_br, slice), GROUP, BLOCK_N, BLOCK_R, WIDE,
-        )  # fmt: skip
+        _, start, _ = locate_columns(tile // tiles_m, widths, BLOCK_N)
         acc = base_tile(
             x, w, tile % tiles_m * BLOCK_M, start + n, M, N, K, stride_xm, stride_w, part * BLOCK_K, PARTS * BLOCK_K,
             BLOCK_M, BLOCK_N, BLOCK_K, KN, False, TMA, ACC, PRECISION,
@@ -167,12 +135,28 @@ def batched_one_launch_kernel(
             tl.store(parts_of(spill, tile, part, PARTS, BLOCK_M, BLOCK_N), acc)
             tl.debug_barrier()
             last = tl.atomic_add(state + tile, 1, sem="acq_rel", scope="gpu") == 2 * PARTS
-            if PARTS > 1 and last:
-                acc = add_parts(spill, tile, PARTS, BLOCK_M, BLOCK_N)
-        if last:
-            finish_tile(
-                acc, tiles, b, bias, y, slots, weights, distinct, count, first_row, ranks, scalings, planes,
-                widths, tile, M, N, R_MAX, num_slots, stride_bn, stride_br,
-                ADAPTERS, GROUP, BLOCK_M, BLOCK_N, BLOCK_R, WIDE, SPLIT, DTYPE, HAS_BIAS, Y_TMA, ACC, PRECISION,
+        end = tl.where(last, tile + 1, 0)
+    for t in tl.range(tile, end, num_stages=1):
+        mine = True
+        if shrinks:
+            mine = tl.atomic_add(state + t, PARTS + 1, sem="acq_rel", scope="gpu") == PARTS
+        if mine:
+            slice, start, n = locate_columns(t // tiles_m, widths, BLOCK_N)
+            width, b_slice = pick(widths, slice), pick(b, slice)
+            first_row_slice, ranks_slice = pick(first_row, slice), pick(ranks, slice)
+            bn, br = pick(stride_bn, slice), pick(stride_br, slice)
+            if shrinks or PARTS > 1:
+                acc = add_parts(spill, t, PARTS, BLOCK_M, BLOCK_N)
+            if shrinks:
+                tiles = load_group(
+                    b_slice, distinct, 0, count, first_row_slice, ranks_slice, 0, n, width, num_slots, bn, br,
+                    GROUP, BLOCK_N, BLOCK_R, WIDE,
+                )  # fmt: skip
+            m = t % tiles_m * BLOCK_M
+            y_tile = expand_batch(
+                acc, tiles, b_slice, m + tl.arange(0, BLOCK_M), slots, weights, distinct, count, first_row_slice,
+                ranks_slice, pick(scalings, slice), planes + slice * R_MAX, n, M, width, R_MAX, num_slots, len(b) * R_MAX,
+                bn, br, ADAPTERS, GROUP, BLOCK_N, BLOCK_R, WIDE, SPLIT, DTYPE, ACC, PRECISION,
             )  # fmt: skip
-            tl.atomic_xchg(state + tile, 0, sem="relaxed", scope="gpu")
+            store_tile(y, y_tile, bias, m, start + n, M, start + width, N, BLOCK_M, BLOCK_N, False, HAS_BIAS, Y_TMA)
+            tl.atomic_xchg(state + t, 0, sem="relaxed", scope="gpu")
