@@ -56,11 +56,10 @@ class Figures:
 
 
 def specialise(kernel, args: tuple, constants: dict, config, capability: int):
-    """The source and options that `kernel[grid](*args, **constants, num_warps=..., num_stages=...)` compiles."""
+    """The source and options that `kernel[grid](*args, **constants, **config.options)` compiles."""
     backend = make_backend(GPUTarget("cuda", capability, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    bound, specialization, options = bind(*args, **constants, **options)
+    bound, specialization, options = bind(*args, **constants, **config.options)
     options, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
     return ASTSource(kernel, signature, constexprs, attrs), options
 

@@ -54,11 +54,11 @@ class Case:
 CASES = {  # by itemsize; every switch of every kernel is on in one case and off in another
     2: (
         Case(torch.bfloat16, 16),
-        Case(torch.bfloat16, 64, bias=True, lora_dtype=torch.float32, scaling_on_device=True, per_row=2),
-        Case(torch.bfloat16, 128, widths=(2048, 1024, 1024)),
+        Case(torch.bfloat16, 64, bias=True, lora_dtype=torch.float32, scaling_on_device=True),
+        Case(torch.bfloat16, 128),
         Case(torch.bfloat16, 64, dropout_p=0.1),
         Case(torch.bfloat16, 16, m=16),
-        Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False, widths=(4000, 95)),
+        Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False),
         Case(torch.bfloat16, 100, m=8191, n=4095, k=4097, aligned=False),
         Case(torch.float16, 16),
     ),
@@ -67,6 +67,21 @@ CASES = {  # by itemsize; every switch of every kernel is on in one case and off
         Case(torch.float32, 128, bias=True),
         Case(torch.float32, 16, dropout_p=0.1),
         Case(torch.float32, 1, m=1001, n=999, k=1003, aligned=False),
+        Case(torch.float32, 64, tf32=True),
+    ),
+}
+
+BATCHED_CASES = {
+    2: (
+        Case(torch.bfloat16, 16),
+        Case(torch.bfloat16, 64, bias=True, per_row=2),
+        Case(torch.bfloat16, 128, widths=(2048, 1024, 1024)),
+        Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False, widths=(4000, 95)),
+        Case(torch.float16, 16),
+    ),
+    4: (
+        Case(torch.float32, 16),
+        Case(torch.float32, 1, m=1001, n=999, k=1003, aligned=False, bias=True),
         Case(torch.float32, 64, tf32=True),
     ),
 }
@@ -95,7 +110,7 @@ def variants(capabilities=configs.ARCHITECTURES) -> list[Variant]:
     found = {}
     for capability in capabilities:
         for row in configs.architecture(capability).ROWS:
-            for case in CASES[row.itemsize]:
+            for case in (BATCHED_CASES if row.kernel.startswith("batched_") else CASES)[row.itemsize]:
                 for kernel, args, constants, config in _launches(case, row, capability):
                     name = _name(capability, kernel, args, constants, config)
                     key = (constants, config, *map(launcher._specialization, args))

@@ -20,7 +20,7 @@ def launch(kernel, grid, args: tuple, constants: dict, config) -> None:
     key = (kernel, _driver().get_current_device(), config, *constants.values(), *map(_specialization, args))
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        _compiled[key] = kernel[grid](*args, **constants, **config.options)
     else:
         compiled[grid](*args, *constants.values())
 

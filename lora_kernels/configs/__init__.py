@@ -17,7 +17,8 @@ class Config:
     """Tile and launch shape. `block_n` is the output width (of dx or the gradient too), `block_k` the K step.
 
     `halves` stores a tile's left and right half one after the other, for half the shared memory; `group_m` rows of
-    tiles run together for L2. Fields that a kernel does not use keep their default.
+    tiles run together for L2. `max_registers` a thread may use: left alone, ptxas spills some to fit more programs on an
+    SM. Fields that a kernel does not use keep their default.
     """
 
     block_m: int
@@ -27,6 +28,13 @@ class Config:
     num_stages: int = 1
     group_m: int = 8
     halves: bool = False
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told, beside the constexprs."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 @dataclass(frozen=True)
