@@ -82,6 +82,7 @@ def refused(pool, error, message):
     before = state(pool)
     with pytest.raises(error, match=message):
         yield
+    before[1].refusals += error is PoolFullError
     assert state(pool) == before
 
 
@@ -117,9 +118,10 @@ def test_the_least_recently_used_goes_first():
             pass
     assert list(pool.resident) == ["a", "b", "c"]
     with pool.using("a"):
-        assert list(pool.resident) == ["a", "b", "c"]  # what counts is when a use ends
+        assert list(pool.resident) == ["b", "c", "a"]  # those that are acquired come last
         pool.acquire("d")
-        assert set(pool.resident) == {"a", "c", "d"}
+        assert list(pool.resident) == ["c", "a", "d"]
+    assert list(pool.resident) == ["c", "a", "d"]  # what counts is when a use ends
     pool.prefetch("c")
     pool.acquire("e")
     assert set(pool.resident) == {"c", "d", "e"}
@@ -132,7 +134,7 @@ def test_acquired_adapters_stay_until_the_last_release():
     pool.acquire("b")
     pool.release("a")
     with refused(
-        pool, PoolFullError, "no slot with 3 rows .* 'c'.*Acquired: 'b' once, 3 rows, 'a' once, 4 rows; release"
+        pool, PoolFullError, "no slot with 3 rows .* 'c'.*Acquired: 'a' once, 4 rows, 'b' once, 3 rows; release"
     ):
         pool.acquire("c")
     pool.acquire("b")
@@ -190,8 +192,9 @@ def test_prefetch_holds_nothing_and_takes_nothing():
     pool = pool_of(4)
     assert pool.prefetch("a") and pool.prefetch("b") and pool.prefetch("c")
     assert list(pool.resident) == ["b", "c"]
-    pool.acquire("c")
-    assert pool.statistics.hits == 1 and pool.statistics.misses == 0
+    pool.acquire("c"), pool.acquire("c")
+    assert pool.statistics.hits == 2 and pool.statistics.misses == 0
+    assert pool.statistics.prefetch_hits == 1  # the second would have been a hit without it
     pool.acquire("b")
     before = state(pool)
     assert pool.prefetch("b") and not pool.prefetch("d")

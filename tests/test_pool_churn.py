@@ -173,6 +173,7 @@ class AgainstADict(RuleBasedStateMachine):
         super().__init__()
         self.pool, self.slots, self.rows = make_pool(slots=3, rows=10), 3, 10
         self.adapters, self.references, self.recent, self.occupied = {}, {}, [], {}
+        self.prefetched = set()
         self.counts = PoolStatistics()
 
     def place(self, name):
@@ -193,6 +194,7 @@ class AgainstADict(RuleBasedStateMachine):
         full = len(self.recent) == self.slots
         for other in [n for n in idle[:count] if self.occupied[n] & place] or idle[: int(full)]:
             self.recent.remove(other)
+            self.prefetched.discard(other)
             self.counts.evictions += 1
         self.recent.append(name)
         self.occupied[name] = place
@@ -216,9 +218,12 @@ class AgainstADict(RuleBasedStateMachine):
         if self.place(name):
             self.counts.hits += hit
             self.counts.misses += not hit
+            self.counts.prefetch_hits += hit and name in self.prefetched
+            self.prefetched.discard(name)
             self.references[name] += 1
             assert self.pool.acquire(name) == self.pool.resident[name]
         else:
+            self.counts.refusals += 1
             with pytest.raises(PoolFullError):
                 self.pool.acquire(name)
 
@@ -242,7 +247,9 @@ class AgainstADict(RuleBasedStateMachine):
     def prefetch(self, name):
         if name not in self.adapters:
             return
-        placed = self.place(name)
+        copied, placed = name not in self.recent, self.place(name)
+        if copied and placed:
+            self.prefetched.add(name)
         assert self.pool.prefetch(name) == placed
         if placed:
             self.recent.append(self.recent.pop(self.recent.index(name)))
@@ -253,6 +260,7 @@ class AgainstADict(RuleBasedStateMachine):
             self.pool.unload(name)
             del self.adapters[name], self.references[name]
             self.recent = [other for other in self.recent if other != name]
+            self.prefetched.discard(name)
         else:
             with pytest.raises((LookupError, RuntimeError)):
                 self.pool.unload(name)
@@ -261,7 +269,9 @@ class AgainstADict(RuleBasedStateMachine):
     def agree(self):
         assert len(self.pool) == len(self.adapters) and all(name in self.pool for name in self.adapters)
         resident = self.pool.resident
-        assert list(resident) == self.recent and len(set(resident.values())) == len(resident)
+        idle = [name for name in self.recent if not self.references[name]]
+        assert list(resident)[: len(idle)] == idle and resident.keys() == set(self.recent)
+        assert len(set(resident.values())) == len(resident)
         for name, slot in resident.items():
             assert_slot_holds(self.pool, slot, self.adapters[name])
         counts = vars(self.pool.statistics)
