@@ -122,6 +122,8 @@ def test_peft_loads_ours(make, tmp_path):
             "rank_pattern": {"v_proj": 5},
             "alpha_pattern": {"layers.0.q_proj": 3, "^layers.1.v_proj": 9, r"1\.q_proj": 2},
         },
+        {"rank_pattern": {"1.q_proj": 3, "layers.1.q_proj": 5}, "alpha_pattern": {"layers.1.q_proj": 3, "q_proj": 5}},
+        {"alpha_pattern": {"0.q_proj": 3, r"0\.q_proj": 5}},
         {"init_lora_weights": "gaussian"},
     ],
     ids=str,

@@ -282,6 +282,7 @@ def test_a_miss_looks_no_further_than_it_must():
     idle = ((str(i), place) for i, place in enumerate(places))
     assert find_place(20, gaps, idle, slot_is_free=False) == (range(0, 20), ["0", "1", "2"])
     assert next(idle)[0] == "3"
+    assert gaps.first(1) is None  # nobody has gone yet
 
 
 def test_layer_tensors_never_move():
