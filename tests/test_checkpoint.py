@@ -303,6 +303,16 @@ def test_wrong_model_changes_nothing(tmp_path):
         assert_unchanged(model, before)
 
 
+def test_one_layer_under_two_names_takes_one_adapter(tmp_path):
+    save_adapter(randomised(apply_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["0", "1"], r=2)), tmp_path)
+    linear = nn.Linear(8, 8)
+    model = nn.Sequential(linear, linear)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="one layer under two names"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=CONFIG):
         load_adapter(Model(), tmp_path)

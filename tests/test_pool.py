@@ -363,6 +363,9 @@ def test_for_model():
     assert AdapterPool.for_model(model, 3, 4, rows=7).layer("head").a.shape == (7, 6)
     with pytest.raises(ValueError, match=r"target_modules: \['k'\] match no nn.Linear"):
         AdapterPool.for_model(model, 3, 4, ["k"])
+    model["again"] = model["head"]
+    with pytest.raises(LookupError, match="layer: got 'again'"):  # its files have nothing under this name
+        AdapterPool.for_model(model, 3, 4).layer("again")
     model["head"].half()
     with pytest.raises(ValueError, match="model: its layers have .*float16.*make a pool for each"):
         AdapterPool.for_model(model, 3, 4)

@@ -147,13 +147,16 @@ class AdapterPool:
         """A pool for the `nn.Linear` and `LoRALinear` of `model`, in their dtype and on their device.
 
         target_modules  names, each matching the layer of that name and those ending in `.name`; None is every layer
+
+        A layer under two names counts under its first, as in adapter files.
         Raises ValueError if they match nothing, or layers of several dtypes or devices.
         """
         targets = None if target_modules is None else list(target_modules)
+        every = linears_by_name(model)
         linears = {
-            name: linear
-            for name, linear in linears_by_name(model).items()
-            if targets is None or name_matches(name, targets)
+            name: every[name]
+            for name, _ in model.named_modules()
+            if name in every and (targets is None or name_matches(name, targets))
         }
         if not linears:
             raise ValueError(f"target_modules: {targets} match no nn.Linear of the model")
