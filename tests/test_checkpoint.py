@@ -122,6 +122,8 @@ def test_peft_loads_ours(make, tmp_path):
             "rank_pattern": {"v_proj": 5},
             "alpha_pattern": {"layers.0.q_proj": 3, "^layers.1.v_proj": 9, r"1\.q_proj": 2},
         },
+        {"rank_pattern": {"1.q_proj": 3, "layers.1.q_proj": 5}, "alpha_pattern": {"layers.1.q_proj": 3, "q_proj": 5}},
+        {"alpha_pattern": {"0.q_proj": 3, r"0\.q_proj": 5}},
         {"init_lora_weights": "gaussian"},
     ],
     ids=str,
@@ -225,8 +227,8 @@ BAD_CONFIGS = [
     ({"of_the_future": 1}, NotImplementedError, "of_the_future is 1"),
     ({"alpha_pattern": {"(a+)+$": 3}}, NotImplementedError, "alpha_pattern has .* only plain names"),
     ({"alpha_pattern": [1]}, ValueError, "alpha_pattern is "),
-    ({"alpha_pattern": {"q_proj": "3"}}, ValueError, r"layers\.0\.q_proj: lora_alpha: got str"),
-    ({"rank_pattern": {"q_proj": 10**9}}, ValueError, r"layers\.0\.q_proj: r: got 1000000000"),
+    ({"alpha_pattern": {"q_proj": "3"}}, ValueError, r"layers\.0\.q_proj': lora_alpha: got str"),
+    ({"rank_pattern": {"q_proj": 10**9}}, ValueError, r"layers\.0\.q_proj': r: got 1000000000"),
     ({"rank_pattern": {"q_proj": 3}}, ValueError, r"q_proj has lora_A \[2, 8\] .*expected \[3, 8\]"),
     ({"r": 3}, ValueError, r"q_proj has lora_A \[2, 8\] .*expected \[3, 8\]"),
     ({"r": None}, ValueError, "r: got NoneType"),
@@ -299,6 +301,16 @@ def test_wrong_model_changes_nothing(tmp_path):
         with pytest.raises(error, match=message):
             load_adapter(model, tmp_path)
         assert_unchanged(model, before)
+
+
+def test_one_layer_under_two_names_takes_one_adapter(tmp_path):
+    save_adapter(randomised(apply_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["0", "1"], r=2)), tmp_path)
+    linear = nn.Linear(8, 8)
+    model = nn.Sequential(linear, linear)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="one layer under two names"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
 
 
 def test_missing_and_broken_files(tmp_path):

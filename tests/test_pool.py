@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from conftest import DEVICE
 from torch import nn
 
 from lora_kernels import BatchPlan, apply_lora, lora_linear_batched, save_adapter
+from lora_kernels.adapters import pool as pool_module
+from lora_kernels.adapters.packed import PackedAdapter
+from lora_kernels.adapters.placement import Gaps, find_place
 from lora_kernels.adapters.pool import AdapterPool, PoolFullError, PoolStatistics
 
 LAYERS = {"q": (8, 6), "v": (8, 3)}
@@ -82,6 +86,7 @@ def refused(pool, error, message):
     before = state(pool)
     with pytest.raises(error, match=message):
         yield
+    before[1].refusals += error is PoolFullError
     assert state(pool) == before
 
 
@@ -117,9 +122,10 @@ def test_the_least_recently_used_goes_first():
             pass
     assert list(pool.resident) == ["a", "b", "c"]
     with pool.using("a"):
-        assert list(pool.resident) == ["a", "b", "c"]  # what counts is when a use ends
+        assert list(pool.resident) == ["b", "c", "a"]  # those that are acquired come last
         pool.acquire("d")
-        assert set(pool.resident) == {"a", "c", "d"}
+        assert list(pool.resident) == ["c", "a", "d"]
+    assert list(pool.resident) == ["c", "a", "d"]  # what counts is when a use ends
     pool.prefetch("c")
     pool.acquire("e")
     assert set(pool.resident) == {"c", "d", "e"}
@@ -132,7 +138,7 @@ def test_acquired_adapters_stay_until_the_last_release():
     pool.acquire("b")
     pool.release("a")
     with refused(
-        pool, PoolFullError, "no slot with 3 rows .* 'c'.*Acquired: 'b' once, 3 rows, 'a' once, 4 rows; release"
+        pool, PoolFullError, "no slot with 3 rows .* 'c'.*Acquired: 'a' once, 4 rows, 'b' once, 3 rows; release"
     ):
         pool.acquire("c")
     pool.acquire("b")
@@ -190,8 +196,9 @@ def test_prefetch_holds_nothing_and_takes_nothing():
     pool = pool_of(4)
     assert pool.prefetch("a") and pool.prefetch("b") and pool.prefetch("c")
     assert list(pool.resident) == ["b", "c"]
-    pool.acquire("c")
-    assert pool.statistics.hits == 1 and pool.statistics.misses == 0
+    pool.acquire("c"), pool.acquire("c")
+    assert pool.statistics.hits == 2 and pool.statistics.misses == 0
+    assert pool.statistics.prefetch_hits == 1  # the second would have been a hit without it
     pool.acquire("b")
     before = state(pool)
     assert pool.prefetch("b") and not pool.prefetch("d")
@@ -215,6 +222,67 @@ def test_using_releases_after_an_error():
     with pytest.raises(ZeroDivisionError), pool.using("a"):
         raise ZeroDivisionError
     pool.unload("a")
+
+
+def test_no_memory_for_a_copy_changes_nothing(monkeypatch):
+    pool = pool_of(3)
+    with pool.using("a"), pool.using("b"):
+        pass
+    exhausted = torch.OutOfMemoryError("no memory for the copy")
+    monkeypatch.setattr(PackedAdapter, "to", mock.Mock(side_effect=exhausted))
+    for refusing in (pool.acquire, pool.prefetch):
+        with refused(pool, torch.OutOfMemoryError, "no memory"):
+            refusing("c")
+    monkeypatch.undo()
+    assert_slot_holds(pool, pool.acquire("c"), make_adapter(2))
+
+
+def test_a_copy_that_breaks_off_loses_no_slot(monkeypatch):
+    """Whoever was evicted for it is gone; nobody is there by half."""
+    pool = pool_of(3)
+    with pool.using("a"), pool.using("b"):
+        pass
+
+    def views(self, flat, shapes):
+        yield next(whole(self, flat, shapes))
+        raise KeyboardInterrupt
+
+    whole = PackedAdapter.views
+    monkeypatch.setattr(PackedAdapter, "views", views)
+    with pytest.raises(KeyboardInterrupt):
+        pool.acquire("c")
+    assert list(pool.resident) == ["a"] and pool.statistics.misses == 2
+    monkeypatch.undo()
+    for name, seed in {"c": 2, "a": 0}.items():
+        assert_slot_holds(pool, pool.acquire(name), make_adapter(seed))
+
+
+def test_files_are_read_and_checked_outside_the_lock(monkeypatch, tmp_path):
+    pytest.importorskip("safetensors")
+    save(tmp_path)
+    pool, free = make_pool(), []
+    for name in ("read_adapter", "pack"):
+        whole = getattr(pool_module, name)
+
+        def noted(*args, whole=whole, **kwargs):
+            free.append(not pool._lock.locked())
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(pool_module, name, noted)
+    pool.load("a", tmp_path)
+    assert free == [True, True]
+
+
+def test_a_miss_looks_no_further_than_it_must():
+    """At 4,096 slots, going through all of them for every miss takes milliseconds under the lock."""
+    gaps = Gaps(8 * 4096)
+    places = [range(8 * i, 8 * i + 8) for i in range(4096)]
+    for place in places:
+        gaps.take(place)
+    idle = ((str(i), place) for i, place in enumerate(places))
+    assert find_place(20, gaps, idle, slot_is_free=False) == (range(0, 20), ["0", "1", "2"])
+    assert next(idle)[0] == "3"
+    assert gaps.first(1) is None  # nobody has gone yet
 
 
 def test_layer_tensors_never_move():
@@ -295,6 +363,9 @@ def test_for_model():
     assert AdapterPool.for_model(model, 3, 4, rows=7).layer("head").a.shape == (7, 6)
     with pytest.raises(ValueError, match=r"target_modules: \['k'\] match no nn.Linear"):
         AdapterPool.for_model(model, 3, 4, ["k"])
+    model["again"] = model["head"]
+    with pytest.raises(LookupError, match="layer: got 'again'"):  # its files have nothing under this name
+        AdapterPool.for_model(model, 3, 4).layer("again")
     model["head"].half()
     with pytest.raises(ValueError, match="model: its layers have .*float16.*make a pool for each"):
         AdapterPool.for_model(model, 3, 4)

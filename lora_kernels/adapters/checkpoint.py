@@ -30,8 +30,9 @@ from lora_kernels.modules import (
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_KEY = re.compile(re.escape(_PREFIX) + r"(.{1,500})\.lora_([AB])\.weight")
 _PLAIN_NAME = re.compile(r"\^?(?:[\w.-]|\\[.-])+")
+_CONFIG_BYTES = 2**22  # of which a pattern for each expert of each layer takes most
 
 # What the loader reads, and what does not change the result. Any other field must be off.
 _READ = {
@@ -166,8 +167,10 @@ def _read_config(directory) -> dict:
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there, expected a directory that PEFT or save_adapter wrote")
+    if (size := path.stat().st_size) > _CONFIG_BYTES:
+        raise ValueError(f"{path}: has {size} bytes, expected at most {_CONFIG_BYTES}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
@@ -189,7 +192,7 @@ def _read_config(directory) -> dict:
     if not isinstance(config.setdefault("use_rslora", False), bool):
         raise ValueError(f"{path}: use_rslora is {_short(config['use_rslora'])}, expected true or false")
     for field in ("rank_pattern", "alpha_pattern"):
-        _check_pattern(path, field, config.get(field) or {})
+        config[field] = _plain_pattern(path, field, config.get(field) or {})
     try:
         check_adapter(config.get("r"), config.get("lora_alpha"), config.setdefault("lora_dropout", 0.0))
     except (TypeError, ValueError, OverflowError) as error:
@@ -197,29 +200,38 @@ def _read_config(directory) -> dict:
     return config
 
 
-def _check_pattern(path, field, pattern):
+def _object(pairs) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{_short(twice)} is there twice")
+    return fields
+
+
+def _plain_pattern(path, field, pattern) -> dict:
+    """`{name: (position, value)}` without escapes: where several match a layer, the first counts."""
     if not isinstance(pattern, dict):
         raise ValueError(f"{path}: {field} is {_short(pattern)}, expected an object from names to numbers")
-    for name in pattern:
+    plain = {}
+    for position, (name, value) in enumerate(pattern.items()):
         if not _PLAIN_NAME.fullmatch(name):
             raise NotImplementedError(f"{path}: {field} has {_short(name)}, but only plain names can be read")
+        plain.setdefault(name.replace("\\", ""), (position, value))
+    return plain
 
 
 def _adapter_of(name, config) -> _Adapter:
+    parts = name.split(".")
+    keys = [f"^{name}", *(".".join(parts[i:]) for i in range(len(parts)))]
     values = []
     for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        entries = (config.get(pattern) or {}).items()
-        values.append(next((value for key, value in entries if _pattern_matches(key, name)), config[field]))
+        matches = [config[pattern][key] for key in keys if key in config[pattern]]
+        values.append(min(matches)[1] if matches else config[field])
     try:
         check_adapter(*values, config["lora_dropout"])
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{CONFIG_NAME}: for {name}: {error}") from None
+        raise ValueError(f"{CONFIG_NAME}: for {_short(name)}: {error}") from None
     return _Adapter(*values, config["lora_dropout"], config["use_rslora"])
-
-
-def _pattern_matches(key, name) -> bool:
-    plain = key.removeprefix("^").replace("\\", "")
-    return name == plain if key.startswith("^") else name_matches(name, [plain])
 
 
 def _read_tensors(directory) -> dict[str, tuple[Tensor, Tensor]]:
@@ -244,7 +256,7 @@ def _read_tensors(directory) -> dict[str, tuple[Tensor, Tensor]]:
             expected = f"{_PREFIX}<layer>.lora_A.weight and .lora_B.weight"
             raise ValueError(f"{path}: holds {_short(key)}, expected only {expected}")
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{path}: {key} is {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+            raise ValueError(f"{path}: {_short(key)} is {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
         found[match[2]][match[1]] = tensor
     if alone := sorted(found["A"].keys() ^ found["B"].keys()):
         raise ValueError(f"{path}: {_short(alone[0])} has only one of lora_A and lora_B")

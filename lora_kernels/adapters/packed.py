@@ -25,37 +25,44 @@ class PackedAdapter(NamedTuple):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self)
 
+    def to(self, device: torch.device) -> "PackedAdapter":
+        """A copy on `device`, or itself if it is there."""
+        return PackedAdapter(*(tensor.to(device, non_blocking=True) for tensor in self))
+
     def views(self, flat: Tensor, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """`(layer, A, Bᵀ)` in `flat`, which is `self.flat` or a copy of it, for the layers that are adapted."""
-        start = 0
-        for (layer, (k, n)), r in zip(shapes.items(), self.ranks.tolist(), strict=True):
-            if r:
-                a, b = flat[start : start + r * (k + n)].split((r * k, r * n))
-                yield layer, a.view(r, k), b.view(r, n)
-                start += r * (k + n)
+        adapted = [
+            (layer, r, shape) for (layer, shape), r in zip(shapes.items(), self.ranks.tolist(), strict=True) if r
+        ]
+        parts = flat.split([r * size for _, r, shape in adapted for size in shape])
+        for (layer, r, (k, n)), a, b in zip(adapted, parts[::2], parts[1::2], strict=True):
+            yield layer, a.view(r, k), b.view(r, n)
 
 
 def pack(name: str, tensors, shapes, max_rank: int, dtype: torch.dtype, pinned: bool) -> PackedAdapter:
     """Check `{layer: (lora_a, lora_b, scaling)}` against `{layer: (K, N)}`, and copy it: TypeError, ValueError."""
+    adapter = f"adapter {_short(name)}"
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"{adapter}: got a {type(tensors).__name__}, expected {{layer: (lora_a, lora_b, scaling)}}")
     if not tensors:
-        raise ValueError(f"adapter {name!r}: got no tensors, expected {{layer: (lora_a, lora_b, scaling)}}")
+        raise ValueError(f"{adapter}: got no tensors, expected {{layer: (lora_a, lora_b, scaling)}}")
     for layer, parts in tensors.items():
-        _check(f"adapter {name!r}: {_short(layer)}", layer, parts, shapes, max_rank)
+        _check(f"{adapter}: {_short(layer)}", layer, parts, shapes, max_rank)
     ranks = [tensors[layer][0].shape[0] if layer in tensors else 0 for layer in shapes]
     scalings = [tensors[layer][2] if layer in tensors else 0.0 for layer in shapes]
     size = sum(r * (k + n) for r, (k, n) in zip(ranks, shapes.values(), strict=True))
-    adapter = PackedAdapter(
+    packed = PackedAdapter(
         torch.empty(size, dtype=dtype, pin_memory=pinned),
         torch.tensor(ranks, dtype=torch.int32, pin_memory=pinned),
         torch.tensor(scalings, dtype=torch.float32, pin_memory=pinned),
     )
-    for layer, *views in adapter.views(adapter.flat, shapes):
+    for layer, *views in packed.views(packed.flat, shapes):
         a, b, _ = tensors[layer]
         for which, view, tensor in zip("AB", views, (a, b.mT), strict=True):
             if not view.copy_(tensor).isfinite().all():
-                where = f"adapter {name!r}: {layer}: lora_{which}"
+                where = f"{adapter}: {layer}: lora_{which}"
                 raise ValueError(f"{where} has NaN or Inf in {dtype} (from {tensor.dtype}), expected none")
-    return adapter
+    return packed
 
 
 def _check(where, layer, parts, shapes, max_rank):
@@ -68,6 +75,8 @@ def _check(where, layer, parts, shapes, max_rank):
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{where}: {which} is {got}, expected a dense tensor of {', '.join(map(str, DTYPES))}")
+        if tensor.is_meta:
+            raise ValueError(f"{where}: {which} is a meta tensor, expected one with data")
     k, n = shapes[layer]
     r = a.shape[0] if a.dim() else 0
     if list(a.shape) != [r, k] or list(b.shape) != [n, r]:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.checkpoint import _short, is_target, read_adapter
 from lora_kernels.adapters.packed import PackedAdapter, listed, pack
-from lora_kernels.adapters.placement import find_place, overlap
+from lora_kernels.adapters.placement import Gaps, find_place
 from lora_kernels.adapters.plan import LayerAdapters
 from lora_kernels.functional import DTYPES, MAX_RANK
 from lora_kernels.modules import linears_by_name, name_matches
 
 
 class PoolFullError(RuntimeError):
-    """Every slot holds an adapter that is in use: wait for a release, or make the pool larger."""
+    """Adapters that are in use leave no slot, or not enough rows: wait for a release, or make the pool larger."""
 
 
 @dataclasses.dataclass
@@ -30,6 +30,8 @@ class PoolStatistics:
     evictions       adapters that lost their slot to another
     bytes_copied    from host to device
     waits           acquisitions that made their stream wait for a copy; on the CPU copies are done on return, so 0
+    prefetch_hits   hits that a prefetch had made: the first acquisition after one that copied
+    refusals        acquisitions that raised PoolFullError; neither hits nor misses
     """
 
     hits: int = 0
@@ -37,6 +39,8 @@ class PoolStatistics:
     evictions: int = 0
     bytes_copied: int = 0
     waits: int = 0
+    prefetch_hits: int = 0
+    refusals: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,8 +49,9 @@ class _Adapter:
     slot: int | None = None
     rows: range | None = None  # of each layer's memory
     references: int = 0
+    prefetched: bool = False  # into the slot, and not acquired since
     copied: torch.cuda.Event | None = None  # the end of the last copy into a slot
-    uses: dict = dataclasses.field(default_factory=dict)  # the last release on each stream
+    uses: dict = dataclasses.field(default_factory=dict)  # the last release on each stream, while in a slot
 
 
 class AdapterPool:
@@ -65,7 +70,7 @@ class AdapterPool:
     With CUDA, copies run on a stream of the pool's own: `acquire` makes the current stream wait for the one it needs,
     and a slot is overwritten only when the streams that were current at its `release`s have got that far.
     All methods may be called from any thread, and none while a CUDA graph is captured. Where one raises, the pool is
-    as it was.
+    as it was, but for `refusals`.
 
     >>> from lora_kernels import BatchPlan, lora_linear_batched
     >>> pool = AdapterPool({"proj": (64, 32)}, slots=2, max_rank=8, dtype=torch.float32)
@@ -74,7 +79,7 @@ class AdapterPool:
     ...     plan = BatchPlan(torch.tensor([slot, -1, slot], dtype=torch.int32))
     ...     y = lora_linear_batched(torch.randn(3, 64), torch.randn(32, 64), pool.layer("proj"), plan)
     >>> pool.statistics
-    PoolStatistics(hits=0, misses=1, evictions=0, bytes_copied=1544, waits=0)
+    PoolStatistics(hits=0, misses=1, evictions=0, bytes_copied=1544, waits=0, prefetch_hits=0, refusals=0)
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class AdapterPool:
         device: str | torch.device = "cpu",
         rows: int | None = None,
     ):
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"layers: got {_short(layers)}, expected {{name: (in_features, out_features)}}")
         self._shapes = {name: _checked_shape(name, shape) for name, shape in layers.items()}
         if not self._shapes:
             raise ValueError("layers: got none, expected {name: (in_features, out_features)}")
@@ -123,8 +130,9 @@ class AdapterPool:
                 tensor.record_stream(self._copies)  # a pool may die with a copy under way
         self._lock = threading.Lock()
         self._adapters: dict[str, _Adapter] = {}
-        self._resident: OrderedDict[str, _Adapter] = OrderedDict()  # least recently used first
-        self._free = list(reversed(range(slots)))
+        self._held: dict[str, _Adapter] = {}  # in a slot and acquired
+        self._idle: OrderedDict[str, _Adapter] = OrderedDict()  # in a slot and not, least recently used first
+        self._free, self._gaps = list(reversed(range(slots))), Gaps(rows)
         self._statistics = PoolStatistics()
 
     @classmethod
@@ -139,13 +147,16 @@ class AdapterPool:
         """A pool for the `nn.Linear` and `LoRALinear` of `model`, in their dtype and on their device.
 
         target_modules  names, each matching the layer of that name and those ending in `.name`; None is every layer
+
+        A layer under two names counts under its first, as in adapter files.
         Raises ValueError if they match nothing, or layers of several dtypes or devices.
         """
         targets = None if target_modules is None else list(target_modules)
+        every = linears_by_name(model)
         linears = {
-            name: linear
-            for name, linear in linears_by_name(model).items()
-            if targets is None or name_matches(name, targets)
+            name: every[name]
+            for name, _ in model.named_modules()
+            if name in every and (targets is None or name_matches(name, targets))
         }
         if not linears:
             raise ValueError(f"target_modules: {targets} match no nn.Linear of the model")
@@ -158,6 +169,7 @@ class AdapterPool:
     def load(self, name: str, directory: str | os.PathLike) -> None:
         """Read PEFT's files into host memory, in the pool's dtype. Layers the adapter lacks have rank 0.
 
+        The files are mapped while they are read: replace them by renaming others, as `save_adapter` does.
         Raises as `lora_kernels.load_adapter` does, and as `load_tensors`.
         """
         self._check_new(name)
@@ -165,10 +177,10 @@ class AdapterPool:
         for layer, (a, _) in tensors.items():
             if a.shape[:1] != (r := adapters[layer].r,):
                 got = f"{_short(layer)} has lora_A {list(a.shape)}"
-                raise ValueError(f"adapter {name!r}: {got}, expected [{r}, K] from r = {r} in its config")
+                raise ValueError(f"adapter {_short(name)}: {got}, expected [{r}, K] from r = {r} in its config")
         for layer in self._shapes.keys() - tensors.keys():
             if is_target(layer, config):
-                raise ValueError(f"adapter {name!r}: has no tensors for {layer}, which its target_modules lists")
+                raise ValueError(f"adapter {_short(name)}: has no tensors for {layer}, which its target_modules lists")
         self.load_tensors(name, {layer: (a, b, adapters[layer].scaling) for layer, (a, b) in tensors.items()})
 
     @torch.no_grad()
@@ -193,7 +205,9 @@ class AdapterPool:
         with self._lock:
             adapter = self._known(name)
             if adapter.references:
-                raise RuntimeError(f"name: {name!r} is in use, acquired {_times(adapter.references)}; release it first")
+                raise RuntimeError(
+                    f"name: {_short(name)} is in use, acquired {_times(adapter.references)}; release it first"
+                )
             if adapter.slot is not None:
                 self._vacate(name)
             del self._adapters[name]
@@ -205,16 +219,26 @@ class AdapterPool:
         Raises LookupError if it is unknown, PoolFullError if others hold every slot, or too many rows.
         """
         with self._lock:
-            adapter = self._known(name)
-            if adapter.slot is None:
-                self._place(name, adapter)
-                self._statistics.misses += 1
+            adapter, counted = self._known(name), self._statistics
+            if adapter.slot is not None:
+                counted.hits += 1
+                counted.prefetch_hits += adapter.prefetched
+            elif self._place(name, adapter):
+                counted.misses += 1
             else:
-                self._statistics.hits += 1
-            adapter.references += 1
+                counted.refusals += 1
+                raise PoolFullError(
+                    f"acquire: no slot with {adapter.packed.rank} rows in one piece for {_short(name)} among {self.slots} "
+                    f"slots, {self.rows} rows. Acquired: {listed(self._held, self._held_as)}; "
+                    "release an adapter, or make a larger pool"
+                )
             if adapter.copied is not None and not adapter.copied.query():
                 torch.cuda.current_stream(self.device).wait_event(adapter.copied)
-                self._statistics.waits += 1
+                counted.waits += 1
+            adapter.prefetched = False
+            if not adapter.references:
+                self._held[name] = self._idle.pop(name)
+            adapter.references += 1
             return adapter.slot
 
     def release(self, name: str) -> None:
@@ -225,12 +249,13 @@ class AdapterPool:
         with self._lock:
             adapter = self._known(name)
             if not adapter.references:
-                raise RuntimeError(f"name: {name!r} is not acquired, expected one acquire for each release")
+                raise RuntimeError(f"name: {_short(name)} is not acquired, expected one acquire for each release")
             if self._copies is not None:
                 stream = torch.cuda.current_stream(self.device)
                 adapter.uses.setdefault(stream, torch.cuda.Event()).record(stream)
             adapter.references -= 1
-            self._resident.move_to_end(name)
+            if not adapter.references:
+                self._idle[name] = self._held.pop(name)
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[int]:
@@ -250,12 +275,10 @@ class AdapterPool:
         with self._lock:
             adapter = self._known(name)
             if adapter.slot is None:
-                try:
-                    self._place(name, adapter)
-                except PoolFullError:
-                    return False
-            self._resident.move_to_end(name)
-            return True
+                adapter.prefetched = self._place(name, adapter)
+            elif name in self._idle:
+                self._idle.move_to_end(name)
+            return adapter.slot is not None
 
     def layer(self, name: str) -> LayerAdapters:
         """The layer's adapters, one a slot: always the same tensors. Raises LookupError for an unknown layer."""
@@ -270,9 +293,9 @@ class AdapterPool:
 
     @property
     def resident(self) -> dict[str, int]:
-        """`{adapter: slot}`, least recently used first."""
+        """`{adapter: slot}`: those that nobody holds, least recently used first, and then those that are acquired."""
         with self._lock:
-            return {name: adapter.slot for name, adapter in self._resident.items()}
+            return {name: adapter.slot for name, adapter in (*self._idle.items(), *self._held.items())}
 
     @property
     def nbytes(self) -> int:
@@ -301,55 +324,51 @@ class AdapterPool:
         if name in self._adapters:
             raise ValueError(f"name: {_short(name)} is loaded already; unload it first, or choose another name")
 
-    def _place(self, name, adapter):
-        """Copy the adapter into a free slot and free rows, evicting adapters that nobody holds."""
+    def _place(self, name, adapter) -> bool:
+        """Copy the adapter into a slot, evicting adapters that nobody holds; False if that gives none."""
         packed = adapter.packed
-        rows, victims = self._find_place(name, packed.rank)
+        idle = ((other, holder.rows) for other, holder in self._idle.items())
+        found = find_place(packed.rank, self._gaps, idle, bool(self._free))
+        if found is None:
+            return False
+        rows, victims = found
         with self._copying():
-            staged = packed.flat.to(self.device, non_blocking=True)
+            staged = packed.to(self.device)  # before the first change: there may be no memory for it
             for victim in victims:
                 self._vacate(victim)
                 self._statistics.evictions += 1
-            slot = self._free.pop()
-            for layer, a, b in packed.views(staged, self._shapes):
+            slot = self._free[-1]
+            for layer, a, b in packed.views(staged.flat, self._shapes):
                 r = a.shape[0]
                 self._layers[layer].a[rows.start : rows.start + r].copy_(a)
                 self._layers[layer].b[rows.start : rows.start + r].copy_(b)
             self._first_rows[slot] = rows.start
-            self._ranks[:, slot].copy_(packed.ranks, non_blocking=True)
-            self._scalings[:, slot].copy_(packed.scalings, non_blocking=True)
+            self._ranks[:, slot].copy_(staged.ranks)
+            self._scalings[:, slot].copy_(staged.scalings)
             if self._copies is not None:
                 adapter.copied = self._copies.record_event()
         self._statistics.bytes_copied += packed.nbytes
+        self._free.pop()
+        self._gaps.take(rows)
         adapter.slot, adapter.rows = slot, rows
-        self._resident[name] = adapter
-
-    def _find_place(self, wanted, size) -> tuple[range, list[str]]:
-        """The rows for an adapter of rank `size`, and whom to evict for them."""
-        held = {name: adapter for name, adapter in self._resident.items() if adapter.references}
-        idle = {name: adapter.rows for name, adapter in self._resident.items() if not adapter.references}
-        found = find_place(size, [adapter.rows for adapter in held.values()], [*idle.values()], self.slots, self.rows)
-        if found is None:
-            uses = [
-                f"{name!r} {_times(adapter.references)}, {len(adapter.rows)} rows" for name, adapter in held.items()
-            ]
-            raise PoolFullError(
-                f"acquire: no slot with {size} rows in one piece for {wanted!r} among {self.slots} slots, {self.rows} "
-                f"rows. Acquired: {listed(uses, str)}; release an adapter, or make a larger pool"
-            )
-        rows, evicted = found
-        victims = [name for name in [*idle][:evicted] if overlap(idle[name], rows)]
-        return rows, victims if victims or self._free else [*idle][:1]
+        self._idle[name] = adapter
+        return True
 
     def _vacate(self, name):
         """Rank 0 for the adapter's slot, once its last uses have ended; later copies into it queue behind that."""
-        adapter = self._resident.pop(name)
+        adapter = self._idle.pop(name)
         with self._copying():
             for event in adapter.uses.values():
                 self._copies.wait_event(event)
             self._ranks[:, adapter.slot] = 0
+        adapter.uses.clear()
+        self._gaps.give(adapter.rows)
         self._free.append(adapter.slot)
         adapter.slot = None
+
+    def _held_as(self, name) -> str:
+        adapter = self._held[name]
+        return f"{_short(name)} {_times(adapter.references)}, {len(adapter.rows)} rows"
 
     def _copying(self):
         return contextlib.nullcontext() if self._copies is None else torch.cuda.stream(self._copies)
