@@ -261,3 +261,21 @@ def test_plan_of_several_adapters_a_row():
     plan.update(slots, torch.zeros(2, 2))
     assert not plan.weights.any()
     assert (len(plan), plan.adapters_per_row) == (2, 2)
+
+
+def test_captured_launches_have_counters_of_their_own(monkeypatch):
+    """Graphs may replay at the same time; and what is captured first is replayed when it likes."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(launcher, "_arena_of", {})
+    shared = launcher.counters(device, 100)
+    assert launcher.counters(device, 50).data_ptr() == shared.data_ptr()
+    monkeypatch.setattr(launcher, "_is_capturing", lambda device: True)
+    pieces = [launcher.counters(device, 100) for _ in range(3)]
+    assert len({shared.data_ptr(), *(piece.data_ptr() for piece in pieces)}) == 4
+    assert all(piece.shape == (100,) and not piece.any() for piece in pieces)
+    pieces[1].fill_(1)
+    launcher.reset()
+    assert not pieces[1].any()
+    assert not launcher.counters(device, launcher._ARENA).any()  # more than is left
+    monkeypatch.setattr(launcher, "_arena_of", {})
+    assert not launcher.counters(device, 10).any()  # a capture without a warm-up

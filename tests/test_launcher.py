@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from lora_kernels import configs
-from lora_kernels.backends import launcher
+from lora_kernels import BatchPlan, LayerAdapters, configs
+from lora_kernels.backends import launcher, triton_batched
 from lora_kernels.backends import triton as backend
 
 pytestmark = pytest.mark.compile
@@ -76,6 +76,18 @@ def run(strategy, m=256, n=512, k=256, r=16, offset=0, dtype=torch.bfloat16):
     backend.backward(torch.empty_like(y), x, h, weight, lora_a, lora_b, 2.0, 0.0, None, (True, True, True), strategy)
 
 
+def run_batched(strategy, m=64, widths=(256, 128), k=256, r=16, slots=4, dtype=torch.bfloat16):
+    adapters = tuple(
+        LayerAdapters(
+            torch.empty(slots, r, k, dtype=dtype), torch.empty(slots, width, r, dtype=dtype),
+            torch.ones(slots, dtype=torch.int32), torch.ones(slots),
+        )
+        for width in widths
+    )  # fmt: skip
+    x, weight = torch.empty(m, k, dtype=dtype), torch.empty(sum(widths), k, dtype=dtype)
+    triton_batched.forward(x, weight, None, adapters, BatchPlan(torch.zeros(m, dtype=torch.int32)), strategy)
+
+
 def summary(launches):
     """Names, grids and argument kinds: addresses differ from run to run."""
     return [
@@ -93,6 +105,22 @@ def test_second_launch_skips_the_jit_and_passes_the_same(launches, strategy):
     with mock.patch("triton.runtime.jit.JITFunction.run", side_effect=AssertionError("went through the JIT again")):
         run(strategy)
     assert summary(launches) == first
+
+
+@pytest.mark.parametrize("strategy", ["one_launch", "extended", "chained"])
+def test_tuples_of_arguments_reach_the_launch(launches, strategy):
+    """A slice more, or one of another width's divisibility, is compiled anew; the same is not."""
+    run_batched(strategy)
+    first, compiled = summary(launches), len(launcher._compiled)
+    assert any(isinstance(arg, tuple) for _, _, args in launches for arg in args)
+    launches.clear()
+    with mock.patch("triton.runtime.jit.JITFunction.run", side_effect=AssertionError("went through the JIT again")):
+        run_batched(strategy)
+    assert summary(launches) == first
+    for widths in ((128, 128, 128), (256, 120)):
+        run_batched(strategy, widths=widths)
+        assert len(launcher._compiled) > compiled
+        compiled = len(launcher._compiled)
 
 
 def test_other_alignment_dtype_and_divisibility_are_compiled_anew(launches):

@@ -45,18 +45,43 @@ def _specialization(arg):
     return arg.base.dtype, *arg.block_shape
 
 
-_counters_of = {}
+_counters_of = {}  # by device and stream
+_arena_of = {}  # by device
+_ARENA = 2**20
+
+
+class _Arena:
+    """Zeros for launches that are captured in CUDA graphs, a piece for each: two graphs may replay at the same time."""
+
+    def __init__(self, device):
+        self.zeros, self.used = torch.zeros(_ARENA, dtype=torch.int32, device=device), 0
+
+    def take(self, size):
+        self.used += size
+        return self.zeros[self.used - size : self.used]
 
 
 def reset() -> None:
-    """Forget the counters of `one_launch`; call it after a launch was aborted, since they must start at zero."""
-    _counters_of.clear()
+    """Set the counters of `one_launch` to zero; call it after a launch was aborted, with nothing else under way."""
+    for zeros in (*_counters_of.values(), *(arena.zeros for arena in _arena_of.values())):
+        zeros.zero_()
 
 
 def counters(device, size: int) -> Tensor:
-    """At least `size` int32 zeros that a launch uses and leaves at zero: one set per stream, whose launches never overlap."""
+    """At least `size` int32 zeros that a launch uses and leaves at zero: a set per stream, whose launches never overlap."""
+    if _is_capturing(device):
+        arena = _arena_of.get(device)
+        if arena is None or arena.used + size > _ARENA:  # a graph without a warm-up, or very many: one more node each
+            return torch.zeros(size, dtype=torch.int32, device=device)
+        return arena.take(size)
+    if device not in _arena_of:
+        _arena_of[device] = _Arena(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     zeros = _counters_of.get((device, stream))
     if zeros is None or zeros.numel() < size:
         zeros = _counters_of[device, stream] = torch.zeros(max(size, 1024), dtype=torch.int32, device=device)
     return zeros
+
+
+def _is_capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -190,7 +190,7 @@ def expand_rows(
 @triton.jit
 def batched_shrink_kernel(
     x, a, order, segment, distinct, first_row, ranks, planes, M, K, R_MAX, num_slots, stride_xm,
-    ADAPTERS: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr,
+    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, COLUMNS: tl.constexpr, ADAPTERS: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The planes of h that the other kernels add up."""
@@ -204,10 +204,10 @@ def batched_shrink_kernel(
 def batched_extended_kernel(
     x, w, b, bias, y, slots, weights, first_row, ranks, scalings, planes, widths, M, N, K, R_MAX, num_slots,
     stride_xm, stride_w, stride_bn, stride_br,
-    ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, KN: tl.constexpr,
-    HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, Y_TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr,
+    DTYPE: tl.constexpr, KN: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    Y_TMA: tl.constexpr, ADAPTERS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`y = x w + bias` and each row's own adapters, from the planes of h; persistent.
 

@@ -88,10 +88,10 @@ def add_parts(spill, tile, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: 
 def batched_one_launch_kernel(
     x, w, a, b, bias, y, slots, weights, order, segment, distinct, first_row, ranks, scalings, planes, spill,
     arrived, state, widths, M, N, K, R_MAX, num_slots, SHRINKS, stride_xm, stride_w, stride_bn, stride_br,
-    ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr, KN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    TMA: tl.constexpr, Y_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, DTYPE: tl.constexpr, KN: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    Y_TMA: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, COLUMNS: tl.constexpr, ADAPTERS: tl.constexpr,
+    BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The shrink in the first SHRINKS programs, a PARTS-th of the K blocks of a tile's GEMM in each of the others.
 
