@@ -22,7 +22,7 @@ ALLOWED = {
     "adapters": {"adapters", "functional", "modules", "torch", "safetensors"},
     "modules": {"functional", "torch"},
     "functional": {"adapters", "autograd", "ops", "dispatch", "torch"},
-    "ops": {"autograd", "dispatch", "torch"},
+    "ops": {"adapters", "autograd", "dispatch", "torch"},
     "autograd": {"dispatch", "torch"},
     "dispatch": {"backends", "configs", "roofline", "torch"},
     "roofline": set(),
