@@ -18,23 +18,27 @@ GRID = dict(
 
 
 def every_pair(grid):
-    """Few points of the grid such that every two values of different axes meet in one of them."""
+    """Few and small points of the grid such that every two values of different axes meet in one of them."""
     rng = random.Random(0)
     axes = [[(name, value) for value in values] for name, values in grid.items()]
     left = {pair for two in itertools.combinations(axes, 2) for pair in itertools.product(*two)}
     while left:
         start = dict(min(left, key=str))
         points = [{name: start.get(name, rng.choice(values)) for name, values in grid.items()} for _ in range(50)]
-        point = max(points, key=lambda point: len(left & set(itertools.combinations(point.items(), 2))))
-        left -= set(itertools.combinations(point.items(), 2))
+        point = max(points, key=lambda point: (len(left & pairs_of(point)), -point["m"] * point["slots"] * point["rank"]))
+        left -= pairs_of(point)
         yield point
+
+
+def pairs_of(point):
+    return set(itertools.combinations(point.items(), 2))
 
 
 def name(point):
     return "-".join(("-".join(point["choice"]), *(str(value) for axis, value in point.items() if axis != "choice")))
 
 
-@pytest.mark.parametrize("point", every_pair(GRID), ids=name)
+@pytest.mark.parametrize("point", list(every_pair(GRID)), ids=name)
 def test_grid(device, point):
     batch = Batch(
         **{axis: value for axis, value in point.items() if axis != "choice"}, widths=(24,), k=40, device=device

@@ -38,6 +38,7 @@ class BatchPlan:
         """A plan from another one's `parts`."""
         plan = object.__new__(cls)
         plan.slots, plan.weights, plan.order, plan.segment, plan.distinct = parts
+        plan._groups = None
         return plan
 
     @property
@@ -68,6 +69,19 @@ class BatchPlan:
         segment = torch.cumsum(starts, 0)
         self.segment.copy_(segment)
         self.distinct.fill_(-1).scatter_(0, segment, ascending)
+        self._groups = None
+
+    @property
+    def groups(self) -> list[tuple[int, int, Tensor]]:
+        """`(j, slot, rows)`: the rows whose entry j is `slot`, -1 left out. Read back to the host, once a step."""
+        if self._groups is None:
+            self._groups = [
+                (j, slot, (column == slot).nonzero().squeeze(1))
+                for j, column in enumerate(self.slots.view(len(self), self.adapters_per_row).unbind(1))
+                for slot in column.unique().tolist()
+                if slot >= 0
+            ]
+        return self._groups
 
     @property
     def adapters_per_row(self) -> int:

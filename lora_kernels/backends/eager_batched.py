@@ -11,17 +11,15 @@ def forward(x, weight, bias, adapters, plan, strategy):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
     y = torch.nn.functional.linear(x, weight, bias)
     columns = y.split([one_slice.b.shape[1] for one_slice in adapters], dim=1)
-    slots = plan.slots.view(len(plan), plan.adapters_per_row)
-    weights = None if plan.weights is None else plan.weights.view(slots.shape)
-    for j in range(slots.shape[1]):
-        for slot in torch.unique(slots[:, j]).tolist():
-            rows = (slots[:, j] == slot).nonzero().squeeze(1)
-            for y_slice, one_slice in zip(columns, adapters, strict=True):
-                if not 0 <= slot < len(one_slice.ranks) or not (r := int(one_slice.ranks[slot])):
-                    continue
-                a, b = one_slice.slot(slot, r)
-                h = (x[rows] @ a.mT).mul_(one_slice.scalings[slot])
+    weights = None if plan.weights is None else plan.weights.view(len(plan), plan.adapters_per_row)
+    ranks = [one_slice.ranks.tolist() for one_slice in adapters]
+    for j, slot, rows in plan.groups:
+        x_rows = x[rows]
+        for y_slice, one_slice, rank in zip(columns, adapters, ranks, strict=True):
+            if slot < len(rank) and rank[slot]:
+                a, b = one_slice.slot(slot, rank[slot])
+                h = (x_rows @ a.mT).mul_(one_slice.scalings[slot])
                 if weights is not None:
-                    h *= weights[rows, j, None].to(h.dtype)
-                y_slice[rows] = torch.addmm(y_slice[rows], h, b.mT)
+                    h.mul_(weights[rows, j, None])
+                y_slice.index_add_(0, rows, h @ b.mT)
     return y
