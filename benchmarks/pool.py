@@ -84,7 +84,7 @@ def cases(full: bool) -> tuple[Case, ...]:
         *(Case(rows=rows, ranks="2 to 64") for rows in ROWS),
         *(Case(rows=rows, padded=True) for rows in ROWS),
         *(Case(rows=rows, prefetch=True) for rows in ROWS),
-        *(Case(rows=rows, crowds=True, prefetch=prefetch) for rows in ROWS for prefetch in (False, True)),
+        *(Case(60_000, rows=rows, crowds=True, prefetch=prefetch) for rows in ROWS for prefetch in (False, True)),
         *(Case(10_000, rows=rows, machines=MACHINES, router=router) for rows in ROWS[:3] for router in ROUTERS),
         *(Case(10_000, machines=MACHINES, router=router, lost=True) for router in ("modulo, bounded", ROUTERS[-1])),
     )

@@ -100,7 +100,7 @@ def _waiting(results, left, right):
     left.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     left.set_ylim(8, 8000)
     left.annotate(
-        "too few rows for\nthe batch: refusals", (gigabytes[0], 1700), (gigabytes[0] * 0.98, 12), color=GREY,
+        "too few rows for\nthe batch: refusals", (gigabytes[0], 850), (gigabytes[0] * 0.98, 12), color=GREY,
         arrowprops={"arrowstyle": "->", "color": GREY, "relpos": (0.02, 1)},
     )  # fmt: skip
     right.set(title="... since the batch hardly waits for copies", ylabel="time spent waiting, %", ylim=(0, 16))
