@@ -13,17 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks import fleet, report
-from benchmarks.simulator import (
-    MAX_RANK,
-    Crowds,
-    Run,
-    Server,
-    arrivals,
-    clairvoyant_hits,
-    residence,
-    simulate,
-    zipf,
-)
+from benchmarks.simulator import MAX_RANK, Crowds, Run, Server, arrivals, clairvoyant_hits, residence, simulate, zipf
 
 METHOD = (
     "discrete events in simulated time around the real AdapterPool on the CPU; no GPU and no link was measured, "
@@ -161,14 +151,8 @@ def parameters() -> dict:
     """The model of the machine and its load, as numbers."""
     server = {name: value for name, value in vars(Server).items() if name in Server.__annotations__}
     load = {"tenants": TENANTS, "requests_a_second_and_machine": RATE, "mean_steps": MEAN_STEPS}
-    return {
-        **server,
-        **load,
-        "crowds": dataclasses.asdict(Crowds()),
-        "machines": MACHINES,
-        "bound": BOUND,
-        "window_s": WINDOW_S,
-    }
+    routing = {"machines": MACHINES, "bound": BOUND, "window_s": WINDOW_S}
+    return {**server, **load, "crowds": dataclasses.asdict(Crowds()), **routing}
 
 
 def sizing() -> list[dict]:

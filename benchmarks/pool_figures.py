@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.pool import RANKS, ROUTERS, Case
+from benchmarks.pool import RANKS, ROUTERS, ROWS, Case
 from benchmarks.simulator import residence, zipf
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
@@ -71,7 +71,7 @@ def _memory(results, left, right):
     left.legend(loc="upper left")
     _memory_axis(left, (20, 100, 500, 2000, 10000))
 
-    gigabytes, hits = (values[:4] for values in results.curve("hit_rate", 100))
+    gigabytes, hits = (values[: len(ROWS)] for values in results.curve("hit_rate", 100))
     padded = results.curve("hit_rate", 100, padded=True)[1]
     bound = results.curve("clairvoyant_hit_rate", 100, padded=True)[1]
     right.plot(gigabytes, bound, "--", color=GREY, label="padded, evicted by a clairvoyant")
@@ -90,7 +90,7 @@ def _waiting(results, left, right):
     for crowds, colour in ((True, ORANGE), (False, BLUE)):
         for prefetch, line in ((False, "o--"), (True, "o-")):
             label = f"{'crowds' if crowds else 'steady'}, {'with' if prefetch else 'no'} prefetch"
-            rows = results.where(crowds=crowds, prefetch=prefetch)[:4]
+            rows = results.where(crowds=crowds, prefetch=prefetch)[: len(ROWS)]
             gigabytes = results.gigabytes([row["case"]["rows"] for row in rows])
             left.plot(gigabytes, [row["wait_ms"]["99"] for row in rows], line, color=colour)
             right.plot(gigabytes, [100 * row["stalled"] for row in rows], line, color=colour, label=label)

@@ -10,16 +10,7 @@ import pytest
 import support_table
 
 from benchmarks import fleet, pool, report
-from benchmarks.simulator import (
-    Crowds,
-    Server,
-    Trace,
-    arrivals,
-    clairvoyant_hits,
-    residence,
-    simulate,
-    zipf,
-)
+from benchmarks.simulator import Crowds, Server, Trace, arrivals, clairvoyant_hits, residence, simulate, zipf
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP, LINK, ROW = 0.5, 100.0, 10  # a rank of 10 takes 1 s on the link
