@@ -85,7 +85,9 @@ def sizing() -> str:
     rows = [["Zipf exponent", *(f"{rate:.0%} hits" for rate in hit_rates)], ["---"] * (len(hit_rates) + 1)]
     for exponent in exponents:
         found = (cells[exponent, rate] for rate in hit_rates)
-        rows.append([str(exponent), *(f"{round(cell['slots'], -3):,} slots, {cell['gb'] / 1000:.1f} TB" for cell in found)])
+        rows.append(
+            [str(exponent), *(f"{round(cell['slots'], -3):,} slots, {cell['gb'] / 1000:.1f} TB" for cell in found)]
+        )
     return _markdown(rows)
 
 
