@@ -37,7 +37,7 @@ lint: $(VENV)/dev  ## ruff, rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-readme: $(VENV)/dev  ## regenerate the README's support table
+readme: $(VENV)/dev  ## regenerate the tables of README.md and docs/serving.md
 	$(BIN)/python tests/support_table.py
 
 clean:  ## remove what the targets above made

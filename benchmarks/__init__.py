@@ -1,1 +1,1 @@
-"""Timings, each after its correctness gate; `python -m benchmarks` in a checkout, or `make bench`."""
+"""Timings, each after its correctness gate, and a simulation; `python -m benchmarks` in a checkout, or `make bench`."""

@@ -1,23 +1,27 @@
-"""Run the benchmarks: `python -m benchmarks [host] [train] [--full]`."""
+"""Run the benchmarks: `python -m benchmarks [train] [host] [pool] [--full]`."""
 
 import argparse
+from importlib import import_module
 
-from benchmarks import host, train
 from benchmarks.report import refuse_interpreter
 
-BENCHMARKS = {"train": train.main, "host": host.main}
+TIMED = ("train", "host")
+SIMULATED = ("pool",)
 
 
 def main() -> None:
+    names = (*TIMED, *SIMULATED)
     parser = argparse.ArgumentParser(prog="python -m lora_kernels bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{' or '.join(BENCHMARKS)} (default: both)")
-    parser.add_argument("--full", action="store_true", help="every shape and more repeats; default: under 3 minutes")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(names)} (default: {' and '.join(TIMED)})"
+    )
+    parser.add_argument("--full", action="store_true", help="every case and more repeats; default: under 3 minutes")
     arguments = parser.parse_args()
-    if unknown := set(arguments.names) - set(BENCHMARKS):
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    if unknown := set(arguments.names) - set(names):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     refuse_interpreter()
-    for name in arguments.names or BENCHMARKS:
-        BENCHMARKS[name](arguments.full)
+    for name in arguments.names or TIMED:
+        import_module(f"benchmarks.{name}").main(arguments.full)
 
 
 if __name__ == "__main__":

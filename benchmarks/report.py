@@ -29,29 +29,36 @@ def local_device() -> torch.device:
 def write(benchmark: str, method: str, rows: list[dict], device: torch.device) -> Path:
     """Write `rows` with all that is needed to repeat them; returns the file."""
     name = _device_name(device)
-    path = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") / f"{benchmark}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "benchmark": benchmark,
         "method": method,
         "device": name,
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "capability": triton.target(device).capability,
+        "rows": rows,
+    }
+    return save(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), benchmark, record)
+
+
+def save(folder: str, benchmark: str, record: dict) -> Path:
+    """Write `record` with the versions and the commit that made it to `folder` of the results; returns the file."""
+    path = RESULTS / folder / f"{benchmark}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    origin = {
+        "benchmark": benchmark,
+        "python": platform.python_version(),
         "versions": {"lora_kernels": __version__, **{name: _version(name) for name in ("torch", "triton", "numpy")}},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "rows": rows,
     }
-    text = json.dumps(record, indent=1)
+    text = json.dumps({**origin, **record}, indent=1)
     path.write_text(re.sub(r"\[\s+([^\[\]{}]+?)\s+\]", lambda list_: f"[{' '.join(list_[1].split())}]", text) + "\n")
     return path
 
 
-def show(title: str, path: Path, columns: list[str], rows: list[list[str]]) -> None:
-    """A table of what went to `path`; plain where rich is not installed."""
-    title = f"{title}\n{path.relative_to(RESULTS.parent.parent)}"
+def show(title: str, path: Path | None, columns: list[str], rows: list[list[str]]) -> None:
+    """A table of what went to `path`, if anything; plain where rich is not installed."""
+    title = f"{title}\n{path.relative_to(RESULTS.parent.parent) if path else '(not written)'}"
     try:
         from rich.console import Console
         from rich.table import Table

@@ -71,9 +71,11 @@ def test_commands_exist(page):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^    )make ([a-z]+)\b", text, re.MULTILINE)) <= targets
     for command in re.findall(r"python -m lora_kernels ([a-z]+)", text):
-        with pytest.raises(SystemExit) as stop:
-            command_line.main([command, "--help"])
-        assert stop.value.code == 0
+        try:
+            status = command_line.main([command, "--help"])
+        except SystemExit as stop:
+            status = stop.code
+        assert status == 0
 
 
 def test_pages_that_the_code_names_exist():
