@@ -33,7 +33,12 @@ def _parser():
     add("info", _info, "versions, the device, and which backends work here and why not")
     _add_explain_arguments(add("explain", _explain, "which kernel runs a problem, why, and what it should cost"))
     add("demo", _forward_to("demo"), "fine-tune two adapters on a real model (--help for options)", forwards=True)
-    add("bench", _bench, "time a training step and the host cost of a call; simulate a pool (--help for options)", forwards=True)
+    add(
+        "bench",
+        _bench,
+        "time a training step and the host cost of a call; simulate a pool (--help for options)",
+        forwards=True,
+    )
     add("compile", _forward_to("static_gate"), "cross-compile every kernel and check the machine code", forwards=True)
     return parser
 

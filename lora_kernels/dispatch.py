@@ -200,8 +200,9 @@ def explain(
 ) -> Explanation:
     """Why this kernel: the choice for `x [m,k]`, `weight [n,k]`, rank r, on this GPU or on one of `capability` (90: H200).
 
-    With `adapters` it is `lora_linear_batched` that is explained, with as many of them in the batch. Without a GPU, and with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a
-    backend or strategy that cannot run the problem.
+    With `adapters` it is `lora_linear_batched` that is explained, with as many of them in the batch. Without a GPU, and
+    with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a backend or strategy
+    that cannot run the problem.
 
     >>> print(explain(8192, 4096, 4096, 16).plan.strategy)
     extended

@@ -118,7 +118,8 @@ def _check_batched(x, weight, adapters, plan, bias):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}")
     if not adapters:
         raise ValueError("adapters: got none, expected a LayerAdapters, or one for each slice of y's columns")
-    tensors = {"x": x, "weight": weight, "plan.slots": plan.slots, **{"adapters.a": s.a for s in adapters}}
+    tensors = {"x": x, "weight": weight, "plan.slots": plan.slots}
+    tensors |= {"adapters.a" if len(adapters) == 1 else f"adapters[{i}].a": s.a for i, s in enumerate(adapters)}
     _check_tensors(tensors | ({} if bias is None else {"bias": bias}))
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(

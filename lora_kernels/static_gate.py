@@ -175,7 +175,9 @@ def _run_batched(case, row, x, weight, bias):
         for width in case.widths or (case.n,)
     )  # fmt: skip
     entries = _empty(torch.int32, x.shape[0], *several)
-    plan = BatchPlan.of_parts(entries, _empty(torch.float32, *entries.shape) if several else None, *3 * [entries.view(-1)])
+    plan = BatchPlan.of_parts(
+        entries, _empty(torch.float32, *entries.shape) if several else None, *3 * [entries.view(-1)]
+    )
     strategy = row.kernel.removeprefix("batched_")
     triton_batched.forward(x, weight, bias, adapters, plan, "chained" if strategy == "shrink" else strategy)
 

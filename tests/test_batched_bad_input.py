@@ -59,6 +59,10 @@ BAD = {
         lambda: call(adapters=(*Batch(widths=(40,)).adapters, *Batch(widths=(32,), slots=4).adapters)),
         ValueError, r"adapters: got \[5, 4\] slots, expected the same number",
     ),
+    "a slice is meta": (
+        lambda: call(adapters=(*Batch(widths=(40,)).adapters, on(Batch(widths=(32,)).adapters[0], "meta"))),
+        ValueError, r"adapters\[1\].a: got a meta tensor",
+    ),
     "slices differ in dtype": (
         lambda: call(adapters=(*Batch(widths=(40,)).adapters, *Batch(widths=(32,), dtype=torch.float16).adapters)),
         TypeError, "adapters: got torch.float16, expected torch.float32",

@@ -25,7 +25,9 @@ def every_pair(grid):
     while left:
         start = dict(min(left, key=str))
         points = [{name: start.get(name, rng.choice(values)) for name, values in grid.items()} for _ in range(50)]
-        point = max(points, key=lambda point: (len(left & pairs_of(point)), -point["m"] * point["slots"] * point["rank"]))
+        point = max(
+            points, key=lambda point: (len(left & pairs_of(point)), -point["m"] * point["slots"] * point["rank"])
+        )
         left -= pairs_of(point)
         yield point
 

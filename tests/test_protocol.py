@@ -94,7 +94,8 @@ def tickets(order=((0, 0), (1, 0), (0, 1), (1, 1)), programs=2, last=1, resets=T
 
 
 @pytest.mark.parametrize(
-    ("shrinks", "tiles", "parts"), [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (3, 2, 1), (1, 1, 2), (2, 1, 2), (1, 1, 3)]
+    ("shrinks", "tiles", "parts"),
+    [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (3, 2, 1), (1, 1, 2), (2, 1, 2), (1, 1, 3)],
 )
 def test_second_arriver(shrinks, tiles, parts):
     second_arriver(shrinks, tiles, parts).explore()

@@ -26,7 +26,12 @@ ROWS = (
     Row("batched_chained", Config(32, 64, num_warps=8), efficiency=0.5),
     Row("batched_extended", Config(64, 64, 64, num_warps=4, num_stages=3), max_m=256, unaligned=False),
     Row("batched_extended", Config(128, 64, 32, num_warps=8, num_stages=4, max_registers=255), unaligned=False),
-    Row("batched_one_launch", Config(16, 64, 64, num_warps=8, num_stages=3, max_registers=255), max_m=256, efficiency=0.5),
+    Row(
+        "batched_one_launch",
+        Config(16, 64, 64, num_warps=8, num_stages=3, max_registers=255),
+        max_m=256,
+        efficiency=0.5,
+    ),
     Row("batched_extended", Config(32, 32, 32, num_warps=4, num_stages=3), efficiency=0.5),
     Row("shrink", Config(32, block_k=32, num_warps=4, num_stages=3), itemsize=4),
     Row("extended", Config(64, 64, 16, num_warps=4, num_stages=3), itemsize=4),
