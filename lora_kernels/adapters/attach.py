@@ -95,7 +95,7 @@ class Serving:
 
     def _forward(self, linear: nn.Linear, adapters: LayerAdapters, x: Tensor) -> Tensor:
         if self._batch is None:
-            return nn.functional.linear(x, linear.weight, linear.bias)
+            return nn.Linear.forward(linear, x)
         plan = self._plan(x.shape[:-1].numel())
         return lora_linear_batched(x, linear.weight, adapters, plan, bias=linear.bias)
 

@@ -11,29 +11,27 @@ from lora_kernels.adapters.checkpoint import read_adapter
 from lora_kernels.modules import lora_layers
 
 RANKS = (2, 3, 4, 6, 8, 8, 12, 16, 24, 64)
-STRENGTH = 1.5  # of a mixture, beside the trained updates
+STRENGTH = 2.0  # of a mixture, beside the trained updates
 NOISE = 0.3  # of its random directions, beside the others
 
 
 def make_adapters(model, trained: list[Path], directory: Path, count: int) -> list[Path]:
-    """Write `count` adapters below `directory`.
+    """Write `count` adapters below `directory`, in the model's dtype.
 
     Each has the leading singular directions of a mixture `u W_docs + v W_code` of the two trained updates, with (u, v)
     on a circle, up to half of its rank; random directions make up the rest.
     """
-    factors = _factors(trained)
-    return [_make(model, factors, directory / f"mix-{i:02}", i / count, RANKS[i % len(RANKS)]) for i in range(count)]
-
-
-@torch.no_grad()
-def _make(model, factors, directory, turn, rank) -> Path:
-    adapted = apply_lora(sharing_weights(model), r=rank, lora_alpha=rank, lora_dtype=model.dtype)
-    weights = STRENGTH * math.cos(math.tau * turn), STRENGTH * math.sin(math.tau * turn)
-    for name, layer in lora_layers(adapted).items():
-        a, b = _mixture(*factors[name], weights, rank)
-        layer.lora_A.weight.copy_(a)
-        layer.lora_B.weight.copy_(b)
-    return save_adapter(adapted, directory)
+    factors, paths = _factors(trained), []
+    adapted = {r: apply_lora(sharing_weights(model), r=r, lora_alpha=r, lora_dtype=model.dtype) for r in {*RANKS}}
+    for i in range(count):
+        rank, turn = RANKS[i % len(RANKS)], math.tau * i / count
+        weights = STRENGTH * math.cos(turn), STRENGTH * math.sin(turn)
+        for name, layer in lora_layers(adapted[rank]).items():
+            a, b = _mixture(*factors[name], weights, rank)
+            layer.lora_A.weight.data.copy_(a)
+            layer.lora_B.weight.data.copy_(b)
+        paths.append(save_adapter(adapted[rank], directory / f"mix-{i:02}"))
+    return paths
 
 
 def _factors(trained) -> dict[str, tuple]:

@@ -19,7 +19,7 @@ class Traffic:
     """Who asks for what in the serving phases, and on how much memory it is served."""
 
     adapters: int = 32  # with the two trained ones
-    requests: int = 40
+    requests: int = 32
     rate: float = 0.6  # requests a decode step
     new_tokens: tuple[int, int] = (8, 20)  # from, to
     rows: int = 8  # requests in the decode batch, at most
@@ -40,7 +40,7 @@ class Recipe:
     window: int = 128
     held_out: int = 8  # windows
     evaluations: int = 4  # of the held-out loss, after the first
-    compared_steps: int = 3
+    compared_steps: int = 2
     new_tokens: int = 24
     r: int = 16
     lora_alpha: float = 32

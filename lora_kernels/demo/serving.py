@@ -163,9 +163,9 @@ def describe_flip(request, expected, logits) -> str:
     pairs = zip(request.tokens, expected, strict=False)
     at = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
     if at is None:
-        return f"{request.adapter}: {len(request.tokens)} tokens, alone {len(expected)}, of up to {request.new_tokens}"
+        return f"{request.adapter or BASE}: {len(request.tokens)} tokens, alone {len(expected)}, of up to {request.new_tokens}"
     gap = logits[at, expected[at]] - logits[at, request.tokens[at]]
-    return f"{request.adapter}: token {at} is {request.tokens[at]}, alone {expected[at]}; the logit gap is {gap:.1e}"
+    return f"{request.adapter or BASE}: token {at} is {request.tokens[at]}, alone {expected[at]}; the logit gap is {gap:.1e}"
 
 
 def tell_apart(report, tokenizer, alone):
