@@ -57,7 +57,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert re.search(r"requests running, .*adapters in use, ", said, re.DOTALL)
     summary = (tmp_path / "summary.md").read_text()
     for text in (
-        "eager / chained", "parameters train", "times as long", "4 adapters of ranks 2, 3, 4, 6", "tokens/s in fp32",
+        "eager / chained", "parameters train", "times as long", "4 adapters of ranks 2, 3, 4, 6", "a second, in torch.float32",
         "10 of 10 requests", "unlike any other", "adapter_names", "s in all", "Every check holds.",
     ):  # fmt: skip
         assert text in summary

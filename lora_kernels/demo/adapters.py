@@ -11,7 +11,7 @@ from lora_kernels.adapters.checkpoint import read_adapter
 from lora_kernels.modules import lora_layers
 
 RANKS = (2, 3, 4, 6, 8, 8, 12, 16, 24, 64)
-STRENGTH = 2.0  # of a mixture, beside the trained updates
+STRENGTH = 1.5  # of a mixture, beside the trained updates
 NOISE = 0.3  # of its random directions, beside the others
 
 

@@ -19,7 +19,7 @@ class Traffic:
     """Who asks for what in the serving phases, and on how much memory it is served."""
 
     adapters: int = 32  # with the two trained ones
-    requests: int = 32
+    requests: int = 40
     rate: float = 0.6  # requests a decode step
     new_tokens: tuple[int, int] = (8, 20)  # from, to
     rows: int = 8  # requests in the decode batch, at most

@@ -73,4 +73,5 @@ class Report:
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"a CPU with {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"a CPU with {threads} thread{'s' * (threads > 1)}"

@@ -86,25 +86,23 @@ def serve(report, model, pool, tokenizer, arrivals, traffic):
                 live.update(view(engine, tokenizer, steps, len(coming), time.perf_counter() - start), refresh=True)
     seconds = time.perf_counter() - start
     engine.close()
+    summarise(report, engine, requests, seconds)
+
+
+def summarise(report, engine, requests, seconds):
+    pool, statistics = engine.pool, engine.pool.statistics
     rows, distinct = zip(*engine.history, strict=True)
-    statistics = pool.statistics
-    report.table(
-        ("served", ""),
-        [
-            ("requests", f"{len(requests)}, with {len({request.adapter for request in requests})} different adapters"),
-            ("tokens", f"{engine.generated} in {seconds:.1f} s: {engine.generated / seconds:.1f} tokens/s in fp32"),
-            (
-                "a decode step",
-                f"{mean(rows):.1f} requests with {mean(distinct):.1f} adapters, at most {max(rows)}, {max(distinct)}",
-            ),
-            ("pool", f"{pool.slots} slots, {pool.rows} rows, {pool.nbytes / 1e6:.0f} MB, for {len(pool)} adapters"),
-            (
-                "acquired",
-                f"{statistics.hits} times at once, {statistics.misses} times by a copy; {engine.refused} refusals",
-            ),
-            ("evicted", f"{statistics.evictions} adapters; {statistics.bytes_copied / 1e6:.0f} MB copied into slots"),
-        ],
-    )
+    adapters = {request.adapter for request in requests} - {None}
+    facts = {
+        "requests": f"{len(requests)}, for {len(adapters)} adapters and the base model",
+        "tokens": f"{engine.generated} in {seconds:.1f} s, {engine.generated / seconds:.1f} a second, in {engine.model.dtype}",
+        "decode steps": f"{mean(rows):.1f} rows of {mean(distinct):.1f} adapters; at most {max(rows)} of {max(distinct)}",
+        "pool": f"{pool.slots} slots, {pool.rows} rows, {pool.nbytes / 1e6:.0f} MB, for {len(pool)} adapters",
+        "hits, misses": f"{statistics.hits}, {statistics.misses} (prefetched at arrival, some evicted again meanwhile)",
+        "pool full": f"{engine.refused} times; the request stayed in the queue",
+        "evictions": f"{statistics.evictions}; {statistics.bytes_copied / 1e6:.0f} MB were copied into slots",
+    }
+    report.table(("served", ""), list(facts.items()))
 
 
 def view(engine, tokenizer, steps, coming, seconds) -> Table:
@@ -176,7 +174,9 @@ def tell_apart(report, tokenizer, alone):
     alike = sum(any(same_start(a, b) for b in group if b is not a) for group in texts.values() for a in group)
     report.say(f"{len(alone)} pairs of adapter and prompt: {len(alone) - alike} texts are unlike any other adapter's")
     rows = [
-        (adapter or BASE, tokenizer.decode(tokens)) for (adapter, prompt), tokens in alone.items() if prompt == shown
+        (adapter or BASE, repr(tokenizer.decode(tokens)))
+        for (adapter, prompt), tokens in alone.items()
+        if prompt == shown
     ]
     report.table(("adapter", f"after {tokenizer.decode(list(shown))!r}"), rows[:10])
 
