@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels import apply_lora, load_adapter, save_adapter
+from lora_kernels import AdapterPool, apply_lora, load_adapter, save_adapter
 from lora_kernels.adapters.checkpoint import read_adapter
 from lora_kernels.modules import lora_layers
 
@@ -55,6 +55,15 @@ def _mixture(q_b, r_b, r_a, q_a, weights, rank):
     random_b = torch.randn(q_b.shape[0], rank - kept) / math.sqrt(q_b.shape[0] * (rank - kept)) * NOISE * s.norm()
     a = torch.cat((root[:, None] * vh[:kept] @ q_a.mT, random_a))
     return a, torch.cat((q_b @ u[:, :kept] * root, random_b), 1)
+
+
+def make_pool(model, adapters: dict[str, Path], slots: int, rows: int | None = None) -> AdapterPool:
+    """A pool for the layers that the first adapter targets, with all of them loaded."""
+    config, *_ = read_adapter(next(iter(adapters.values())))
+    pool = AdapterPool.for_model(model, slots, max(RANKS), config["target_modules"], rows)
+    for name, directory in adapters.items():
+        pool.load(name, directory)
+    return pool
 
 
 def sharing_weights(model):

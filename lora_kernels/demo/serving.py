@@ -13,10 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels import AdapterPool
-from lora_kernels.adapters.checkpoint import read_adapter
 from lora_kernels.demo import throughput
-from lora_kernels.demo.adapters import NOISE, RANKS, STRENGTH, make_adapters, merged
+from lora_kernels.demo.adapters import NOISE, RANKS, STRENGTH, make_adapters, make_pool, merged
 from lora_kernels.demo.engine import Engine, Request
 
 BASE = "(base)"
@@ -49,14 +47,6 @@ def serve_and_check(report, model, tokenizer, trained: list[Path], traffic):
         del fp32, pool
         with report.phase("Throughput"):
             throughput.measure(report, model, adapters, traffic)
-
-
-def make_pool(model, adapters, slots, rows) -> AdapterPool:
-    config, *_ = read_adapter(next(iter(adapters.values())))
-    pool = AdapterPool.for_model(model, slots, max(RANKS), config["target_modules"], rows)
-    for name, directory in adapters.items():
-        pool.load(name, directory)
-    return pool
 
 
 def make_arrivals(names, tokenizer, traffic) -> list[tuple[float, Request]]:

@@ -8,9 +8,9 @@ from statistics import median
 import torch
 from peft import PeftModel
 
-from lora_kernels import AdapterPool, attach_pool, dispatch
+from lora_kernels import attach_pool, dispatch
 from lora_kernels.adapters.checkpoint import read_adapter
-from lora_kernels.demo.adapters import RANKS, sharing_weights
+from lora_kernels.demo.adapters import make_pool, sharing_weights
 from lora_kernels.demo.engine import RowCache
 from lora_kernels.demo.report import device_name
 from lora_kernels.demo.training import relative_error
@@ -31,10 +31,7 @@ class Contest:
         self.forward(model, rows, slice(CONTEXT))
 
         served = sharing_weights(model)
-        config, *_ = read_adapter(next(iter(adapters.values())))
-        pool = AdapterPool.for_model(served, len(adapters), max(RANKS), config["target_modules"])
-        for name, directory in adapters.items():
-            pool.load(name, directory)
+        pool = make_pool(served, adapters, len(adapters))
         self.slots = {name: pool.acquire(name) for name in adapters}
         self.served, self.serving = served, attach_pool(served, pool)
         name, (k, _) = next(iter(pool.layers.items()))
