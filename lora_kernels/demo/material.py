@@ -19,14 +19,14 @@ class Traffic:
     """Who asks for what in the serving phases, and on how much memory it is served."""
 
     adapters: int = 32  # with the two trained ones
-    requests: int = 40
+    requests: int = 32
     rate: float = 0.6  # requests a decode step
     new_tokens: tuple[int, int] = (8, 20)  # from, to
     rows: int = 8  # requests in the decode batch, at most
     slots: int = 6  # of the pool
     pool_rows: int = 160  # ranks of each layer
     batch: int = 16  # of the throughput figure
-    steps: int = 3  # timed there at a time
+    steps: int = 2  # timed there at a time
     steps_per_swap: int = 8  # decoded before the next adapter is merged
     repeats: int = 3
 
