@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/demo  ## fine-tune two adapters on a real model; writes out/demo/
+demo: $(VENV)/demo  ## fine-tune two adapters on a real model, serve 32; writes out/demo/
 	$(BIN)/python -m lora_kernels demo
 
 test: $(VENV)/dev  ## every test that needs no GPU: the interpreter, then the cross-compiler

@@ -32,7 +32,12 @@ def _parser():
 
     add("info", _info, "versions, the device, and which backends work here and why not")
     _add_explain_arguments(add("explain", _explain, "which kernel runs a problem, why, and what it should cost"))
-    add("demo", _forward_to("demo"), "fine-tune two adapters on a real model (--help for options)", forwards=True)
+    add(
+        "demo",
+        _forward_to("demo"),
+        "fine-tune two adapters on a real model, serve 32 (--help for options)",
+        forwards=True,
+    )
     add(
         "bench",
         _bench,

@@ -179,8 +179,10 @@ def apply_lora(
     32 of 122 parameters train (26.23%)
     """
     check_adapter(r, lora_alpha, lora_dropout)
-    for linear in _find_targets(model, target_modules):
-        replace_linear(model, linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+    settings = (r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+    replace_linears(
+        model, {linear: LoRALinear.from_linear(linear, *settings) for linear in _find_targets(model, target_modules)}
+    )
     freeze_base(model)
     return model
 
@@ -210,13 +212,11 @@ def linears_by_name(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def replace_linear(model: nn.Module, linear: nn.Linear, *args) -> LoRALinear:
-    """Put `LoRALinear.from_linear(linear, *args)` wherever `model` holds `linear`, and return it."""
-    layer = LoRALinear.from_linear(linear, *args)
+def replace_linears(model: nn.Module, replacements: dict[nn.Linear, LoRALinear]) -> None:
+    """Put each `LoRALinear` wherever `model` holds its `nn.Linear`."""
     for name, module in _modules(model).items():
-        if module is linear:
-            model.set_submodule(name, layer)
-    return layer
+        if module in replacements:
+            model.set_submodule(name, replacements[module])
 
 
 def freeze_base(model: nn.Module) -> None:

@@ -62,7 +62,10 @@ def packed(adapters, device):
     """The same adapters with rows for their own ranks, in any order and with gaps (NaN)."""
     ranks = adapters.ranks.tolist()
     total = sum(ranks) + 3 * len(ranks)
-    a, b = (torch.full((total, size), math.nan, dtype=adapters.a.dtype) for size in (adapters.a.shape[2], adapters.b.shape[1]))
+    a, b = (
+        torch.full((total, size), math.nan, dtype=adapters.a.dtype)
+        for size in (adapters.a.shape[2], adapters.b.shape[1])
+    )
     first_row, row = torch.empty(len(ranks), dtype=torch.int64), 2
     for slot in reversed(range(len(ranks))):
         rows = slice(row, row + ranks[slot])
@@ -116,7 +119,10 @@ def test_no_rows(device, choice):
 def test_leading_dimensions(device, choice):
     batch = Batch(device=device)
     y = batch.run(choice)
-    adapters, x, weight, bias = (on(batch.adapters[0], device), *(t.to(device) for t in (batch.x, batch.weight, batch.bias)))
+    adapters, x, weight, bias = (
+        on(batch.adapters[0], device),
+        *(t.to(device) for t in (batch.x, batch.weight, batch.bias)),
+    )
     plan, options = BatchPlan(batch.slots.to(device)), dict(bias=bias, backend=choice[0], strategy=choice[1])
     assert torch.equal(lora_linear_batched(x.view(5, 8, -1), weight, adapters, plan, **options).cpu(), y.view(5, 8, -1))
 

@@ -24,7 +24,7 @@ from lora_kernels.modules import (
     linears_by_name,
     lora_layers,
     name_matches,
-    replace_linear,
+    replace_linears,
 )
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -102,11 +102,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     config, tensors, adapters = read_adapter(directory)
     layers = _find_layers(model, tensors, adapters, config)
 
+    made = {
+        layer: LoRALinear.from_linear(layer, *adapters[name])
+        for name, layer in layers.items()
+        if not isinstance(layer, LoRALinear)
+    }
+    replace_linears(model, made)
     for name, layer in layers.items():
-        if isinstance(layer, LoRALinear):
-            layer.lora_alpha, layer.lora_dropout, layer.use_rslora = adapters[name][1:]
-        else:
-            layer = replace_linear(model, layer, *adapters[name])
+        layer = made.get(layer, layer)
+        layer.lora_alpha, layer.lora_dropout, layer.use_rslora = adapters[name][1:]
         with torch.no_grad():
             layer.lora_A.weight.copy_(tensors[name][0])
             layer.lora_B.weight.copy_(tensors[name][1])
