@@ -79,6 +79,17 @@ def test_rows_are_those_of_the_plan(model, pool, shape):
         assert torch.equal(model.up(x), expected)
 
 
+def test_several_adapters_a_sequence(model, pool):
+    """With weight 0 an adapter is as good as none, and half of it twice is all of it."""
+    serving, x = attach_pool(model, pool), torch.randn(3, 4, 8)
+    a, b = slots_of(pool, "a", "b").tolist()
+    with serving.batch(torch.tensor([a, b, -1], dtype=torch.int32)):
+        expected = model(x)
+    slots = torch.tensor([[a, b], [b, b], [-1, -1]], dtype=torch.int32)
+    with serving.batch(slots, torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 1.0]])):
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_one_plan_for_all_layers_with_as_many_rows(model, pool, monkeypatch):
     made = []
     monkeypatch.setattr("lora_kernels.adapters.attach.BatchPlan", lambda slots: made.append(slots) or BatchPlan(slots))
@@ -155,7 +166,7 @@ def test_layers_that_require_grad(model, pool):
     [
         ([0, 1], TypeError, "int32"),
         (torch.tensor([0, 1]), TypeError, "got torch.int64, expected an int32"),
-        (torch.zeros(2, 1, dtype=torch.int32), ValueError, r"got shape \[2, 1\], expected \[M\]"),
+        (torch.zeros(2, 1, 1, dtype=torch.int32), ValueError, r"got shape \[2, 1, 1\], expected \[M\]"),
         (
             torch.zeros(3, dtype=torch.int32),
             ValueError,

@@ -52,16 +52,17 @@ class Serving:
             linear.forward = functools.partial(self._forward, linear, pool.layer(name))
 
     @contextlib.contextmanager
-    def batch(self, slots: Tensor) -> Iterator[None]:
+    def batch(self, slots: Tensor, weights: Tensor | None = None) -> Iterator[None]:
         """While it is active, sequence i of every input of `model` uses the adapter in slot `slots[i]`.
 
-        slots  `[B]` int32 on the model's device; -1 is the base model alone
+        slots    `[B]` int32 on the model's device; -1 is the base model alone; or `[B, S]`, up to S adapters a sequence
+        weights  as slots, fp32: what each adapter's term is multiplied by; None is 1
 
         A layer's input is `[..., K]` with B·T rows, the T tokens of sequence 0 first; T may differ from layer to layer.
         There is one `BatchPlan` for each T, made by the first layer that needs it and shared by the others. In a CUDA
         graph's capture, enter the batch inside of it: the plan is then made anew by each replay, from what `slots` holds.
 
-        Raises TypeError or ValueError where slots is not a 1-D int32 tensor, RuntimeError while another batch is active,
+        Raises TypeError or ValueError where slots or weights are not as above, RuntimeError while another batch is active,
         the model is in training mode, or the pool has been detached. The layers raise as `lora_linear_batched` does, and
         ValueError for rows that are no multiple of B.
         """
@@ -71,7 +72,7 @@ class Serving:
             raise RuntimeError("batch: the pool is detached; attach it with attach_pool(model, pool)")
         if self._model.training:
             raise RuntimeError("batch: the model is in training mode, expected inference; call model.eval()")
-        self._batch = BatchPlan(slots)
+        self._batch = BatchPlan(slots, weights)
         self._plans[len(slots)] = self._batch
         try:
             yield
@@ -104,7 +105,8 @@ class Serving:
             sequences = len(self._batch)
             if not sequences or rows % sequences:
                 raise ValueError(f"slots: got {sequences}, one a sequence, expected a divisor of a layer's {rows} rows")
-            self._plans[rows] = BatchPlan(self._batch.slots.repeat_interleave(rows // sequences))
+            per_token = (None if t is None else t.repeat_interleave(rows // sequences, 0) for t in self._batch.parts[:2])
+            self._plans[rows] = BatchPlan(*per_token)
         return self._plans[rows]
 
 
