@@ -92,7 +92,9 @@ def test_several_adapters_a_sequence(model, pool):
 
 def test_one_plan_for_all_layers_with_as_many_rows(model, pool, monkeypatch):
     made = []
-    monkeypatch.setattr("lora_kernels.adapters.attach.BatchPlan", lambda slots: made.append(slots) or BatchPlan(slots))
+    monkeypatch.setattr(
+        "lora_kernels.adapters.attach.BatchPlan", lambda *parts: made.append(parts[0]) or BatchPlan(*parts)
+    )
     serving = attach_pool(model, pool)
     for _ in range(2):
         with serving.batch(slots_of(pool, "a", "b")):
