@@ -27,8 +27,9 @@ gpu:  ## every test on the local GPU; uses PYTHON as it is where its torch sees 
 	  || { $(MAKE) --no-print-directory $(VENV)/dev && python=$(BIN)/python && $$python -c "$$sees_gpu"; } || exit; \
 	set -x; PYTHONPATH=. LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile"
 
-fuzz: $(VENV)/dev  ## 2,000 random problems, forward and all gradients
+fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --n 2000
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --orders 10000
 
 bench: $(VENV)/dev  ## time the training step and the host cost; writes benchmarks/results/
 	$(BIN)/python -m lora_kernels bench

@@ -77,12 +77,14 @@ BATCHED_CASES = {
         Case(torch.bfloat16, 64, bias=True, per_row=2),
         Case(torch.bfloat16, 128, widths=(2048, 1024, 1024)),
         Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False, widths=(4000, 95)),
+        Case(torch.bfloat16, 16, m=1),
         Case(torch.float16, 16),
     ),
     4: (
         Case(torch.float32, 16),
         Case(torch.float32, 1, m=1001, n=999, k=1003, aligned=False, bias=True),
         Case(torch.float32, 64, tf32=True),
+        Case(torch.float32, 16, m=1),
     ),
 }
 

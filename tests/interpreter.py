@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -21,20 +22,21 @@ def prepare():
 
 
 def _quicken():
-    """Spare it int32 overflow checks, and listing `tl` again for every call of a device function."""
+    """Spare it int32 overflow checks, and patching `tl` again for every device function that is called."""
 
     @functools.cache
-    def builtin_names(namespace):
-        return [name for name, member in inspect.getmembers(namespace) if tl.core.is_builtin(member)]
+    def builtin_members(namespace):
+        return [(name, member) for name, member in inspect.getmembers(namespace) if tl.core.is_builtin(member)]
 
     def patch_builtins(namespace, builder, scope):
-        for name in builtin_names(namespace):
-            member = getattr(namespace, name)
-            if tl.core.is_builtin(member):  # it is not, where an outer call has patched it
-                interpreter._patch_attr(namespace, name, member, builder, scope)
+        for name, member in builtin_members(namespace):
+            interpreter._patch_attr(namespace, name, member, builder, scope)
 
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    patch_lang, namespaces = interpreter._patch_lang, SimpleNamespace(__globals__=dict(tl=tl, core=tl.core))
     interpreter._patch_builtin = patch_builtins
+    interpreter._patch_lang = lambda kernel: patch_lang(namespaces)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 @contextlib.contextmanager

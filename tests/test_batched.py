@@ -1,7 +1,8 @@
 """Every row its own adapters: right, isolated bit for bit, and in any order of programs."""
 
+import functools
+import itertools
 import math
-import random
 
 import pytest
 import torch
@@ -231,21 +232,18 @@ def test_k_in_parts(device, choice):
     assert_within_budget(batch, batch.run(choice))
 
 
-ORDERS = 500  # more of them: tests/fuzz.py
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="orders programs by hand, in the interpreter")
-@pytest.mark.parametrize("columns", [dict(widths=(48,), k=70), dict(widths=(20, 12), k=260)], ids=["tiles", "parts"])
-def test_one_launch_gives_the_same_bits_in_any_order_of_programs(columns):
-    from interpreter import programs_in_order
+@pytest.mark.parametrize("launch", ["tiles", "parts"])
+def test_one_launch_gives_the_same_bits_in_any_order_of_programs(launch):
+    """In all 120 orders; random ones of more programs: tests/fuzz.py --orders."""
+    import orders
 
-    batch = Batch(m=20, **columns, slots=3, rank=17, dtype=torch.float16)
-    expected = batch.run(("triton", "one_launch"))
-    rng = random.Random(0)
-    for order in range(ORDERS // 10):
-        with programs_in_order(lambda programs: programs.reverse() if order == 0 else rng.shuffle(programs)):
-            assert torch.equal(batch.run(("triton", "one_launch")), expected)
-        assert not launcher.counters(torch.device("cpu"), 1).any()
+    batch = Batch(**orders.FIVE_PROGRAMS[launch])
+    expected = orders.run(batch)
+    assert_within_budget(batch, expected)
+    for order in itertools.permutations(range(5)):
+        y = orders.run(batch, functools.partial(list.sort, key=order.index))
+        assert torch.equal(y, expected), order
 
 
 def test_plan_updates_in_place():

@@ -1,15 +1,13 @@
 """The judge must reject every broken backend and every broken kernel, and accept what they break."""
 
-import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import mutants
 import pytest
 import torch
+from broken import broken_kernels
 from conftest import DEVICE, INTERPRETED
 
 from lora_kernels import reference, testing
@@ -204,19 +202,3 @@ def test_a_broken_kernel_is_rejected(monkeypatch, tmp_path, mutant):
             testing.check(case, "triton", mutant.strategy)
     finally:
         launcher.reset()
-
-
-def broken_kernels(mutant, monkeypatch, tmp_path):
-    """The kernel modules by name, imported from a copy of their package with the mutant's one change."""
-    package = tmp_path / "broken"
-    package.mkdir()
-    for path in Path(triton.__file__).parents[1].joinpath("kernels").glob("*.py"):
-        source = path.read_text()
-        if path.stem == mutant.module:
-            assert source.count(mutant.old) == 1, f"{mutant.name}: {path.name} has changed; adapt the mutant to it"
-            source = source.replace(mutant.old, mutant.new)
-        package.joinpath(path.name).write_text(source.replace("lora_kernels.kernels.", "broken."))
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "broken"]:
-        del sys.modules[name]
-    return {name: importlib.import_module(f"broken.{name}") for name in ("gemm", "shrink", "wgrad")}

@@ -136,7 +136,7 @@ def load_h(
     plane = planes + entry.to(tl.int64)[:, None] * stride + offs_r[None, :]
     h = tl.load(plane, mask=mask, other=0.0, cache_modifier=".cg").to(ACC)
     for _ in tl.static_range(PLANES - 1):
-        plane += entries.to(tl.int64) * stride
+        plane += tl.cast(entries, tl.int64) * stride
         h += tl.load(plane, mask=mask, other=0.0, cache_modifier=".cg").to(ACC)
     return tl.where(offs_r[None, :] < rank[:, None], h * factor[:, None], 0.0).to(DTYPE)
 
