@@ -86,9 +86,9 @@ def lora_linear_batched(
     backend   None (dispatch decides), "triton" or "eager"
     strategy  None (dispatch decides), "one_launch", "extended" or "chained" (triton), "looped" (eager)
 
-    Returns `y [..., N]`. A row's bits depend on that row and its own adapters alone (`chained`: on the number of rows
-    too, as the base layer's by cuBLAS do), and nothing is read back from a GPU (except by the eager backend), so a CUDA
-    graph replays it with other slots, ranks and adapters.
+    Returns `y [..., N]` in x's dtype, under autocast too. Of the other rows a row's bits depend on nothing but their
+    number, which chooses strategy and tile. Nothing is read back from a GPU (except by the eager backend), so a CUDA graph
+    replays it with other slots, ranks and adapters.
     Raises TypeError or ValueError for arguments that break the above, NotImplementedError where x needs a gradient, or for
     a backend or strategy that was asked for and cannot run this problem.
 
@@ -102,7 +102,7 @@ def lora_linear_batched(
     adapters = (adapters,) if isinstance(adapters, LayerAdapters) else tuple(adapters)
     _check_batched(x, weight, adapters, plan, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if ops.must_trace(x):
+    if ops.must_trace(x) or autograd.autocasts(x):  # the operator keeps autocast out
         y = ops.lora_linear_batched(
             rows, weight, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)), *plan.parts, backend, strategy
         )  # fmt: skip
@@ -118,12 +118,18 @@ def _check_batched(x, weight, adapters, plan, bias):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}")
     if not adapters:
         raise ValueError("adapters: got none, expected a LayerAdapters, or one for each slice of y's columns")
+<<<<<<< HEAD
     tensors = {"x": x, "weight": weight, "plan.slots": plan.slots}
     tensors |= {"adapters.a" if len(adapters) == 1 else f"adapters[{i}].a": s.a for i, s in enumerate(adapters)}
     _check_tensors(tensors | ({} if bias is None else {"bias": bias}))
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+=======
+    tensors = {"x": x, "weight": weight, "plan.slots": plan.slots} | ({} if bias is None else {"bias": bias})
+    _check_tensors(tensors | {f"adapters[{i}].a": s.a for i, s in enumerate(adapters)})
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
+>>>>>>> tests
         raise ValueError(
-            f"x: got shape {list(x.shape)}, expected [..., K] for weight [N, K], which is {list(weight.shape)}"
+            f"x: got shape {list(x.shape)}, expected [..., K] for weight [N, K], which is {list(weight.shape)}; N, K >= 1"
         )
     n, k = weight.shape
     if sum(s.b.shape[1] for s in adapters) != n or any(s.a.shape[-1] != k for s in adapters):
@@ -143,19 +149,20 @@ def _check_batched(x, weight, adapters, plan, bias):
             )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias: got shape {list(bias.shape)}, expected {[n]}, since weight is {[n, k]}")
-    if len(plan) * k != x.numel():
+    rows = plan.slots.shape[0]  # len(plan) is an int, and torch.export would have that number of rows only
+    if rows * k != x.numel():
         raise ValueError(
-            f"plan: got {len(plan)} rows of slots, expected {x.numel() // k}, one for each row of x {list(x.shape)}"
+            f"plan: got {rows} rows of slots, expected {x.numel() // k}, one for each row of x {list(x.shape)}"
         )
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     for name, tensor in (("weight", weight), *(("adapters", s.a) for s in adapters), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x")
+            raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x (cast one; autocast does not apply)")
     learning = (x, weight, bias, *(t for s in adapters for t in (s.a, s.b)))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learning):
         raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
-    if plan.slots.device.type == "cpu" and len(plan) and not torch.compiler.is_compiling():
+    if plan.slots.device.type == "cpu" and not ops.must_trace(x) and rows:
         if (last := int(plan.slots.max())) >= slots[0]:
             raise ValueError(f"plan: got slot {last}, expected at most {slots[0] - 1}, the last of the adapters")
 

@@ -70,10 +70,13 @@ def _backward_fake(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, n
     return tuple(like.new_empty(shape if need else 0) for need, (shape, like) in zip(needs, shapes, strict=True))
 
 
-def _batched(x, weight, bias, a, b, ranks, scalings, first_row, max_rank, *plan_and_choice):
-    *parts_of_plan, backend, strategy = plan_and_choice
+def _batched(
+    x, weight, bias, a, b, ranks, scalings, first_row, max_rank, slots, weights, order, segment, distinct,
+    backend=None, strategy=None,
+):  # fmt: skip
     slices = zip(a, b, ranks, scalings, first_row, max_rank, strict=True)
-    adapters, plan = tuple(LayerAdapters.unchecked(*parts) for parts in slices), BatchPlan.of_parts(*parts_of_plan)
+    adapters = tuple(LayerAdapters.unchecked(*fields) for fields in slices)
+    plan = BatchPlan.of_parts(slots, weights, order, segment, distinct)
     chosen = dispatch.batched_plan_for(x, weight, adapters, plan, backend, strategy)
     return chosen.forward(x, weight, bias, adapters, plan)
 
@@ -105,10 +108,22 @@ def _autograd(ctx, dy, _):
 def _autocast(device_type):
     def run(x, weight, bias, *rest):
         dtype = torch.get_autocast_dtype(device_type) if autocasts(x) else x.dtype
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(f"Autocast{device_type.upper()}")):
+        with _outside_autocast(device_type):
             return lora_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
 
     return run
+
+
+def _autocast_batched(device_type):
+    def run(*args):
+        with _outside_autocast(device_type):
+            return lora_linear_batched(*args)
+
+    return run
+
+
+def _outside_autocast(device_type):
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(f"Autocast{device_type.upper()}"))
 
 
 for _name, _impl, _fake in (
@@ -122,3 +137,4 @@ torch.library.register_autograd("lora_kernels::lora_linear", _autograd, setup_co
 torch.library.register_autograd("lora_kernels::lora_linear_backward", no_double_backward, lib=_library)
 for _device in ("cpu", "cuda"):
     _library.impl("lora_linear", _autocast(_device), f"Autocast{_device.upper()}")
+    _library.impl("lora_linear_batched", _autocast_batched(_device), f"Autocast{_device.upper()}")

@@ -43,6 +43,10 @@ BAD = {
         ValueError, r"expected \[slots, R, 96\] and \[slots, 73, R\]",
     ),
     "weight is meta": (lambda: call(weight=torch.empty(72, 96, device="meta")), ValueError, "weight: got a meta tensor"),
+    "weight is empty": (
+        lambda: call(x=torch.empty(40, 0), weight=torch.empty(72, 0)),
+        ValueError, r"which is \[72, 0\]; N, K >= 1",
+    ),
     "bias is too long": (lambda: call(bias=torch.randn(73)), ValueError, r"bias: got shape \[73\], expected \[72\]"),
     "bias is half": (lambda: call(bias=torch.randn(72).half()), TypeError, "bias: got torch.float16, expected torch.float32"),
     "adapters are numbers": (lambda: call(adapters=(1, 2)), TypeError, "adapters: got int, expected a LayerAdapters"),
@@ -66,6 +70,10 @@ BAD = {
     "slices differ in dtype": (
         lambda: call(adapters=(*Batch(widths=(40,)).adapters, *Batch(widths=(32,), dtype=torch.float16).adapters)),
         TypeError, "adapters: got torch.float16, expected torch.float32",
+    ),
+    "slices differ in device": (
+        lambda: call(adapters=(on(adapters(), "meta"), adapters())),
+        ValueError, r"adapters\[0\].a: got a meta tensor",
     ),
     "plan is a tensor": (lambda: call(plan=torch.zeros(40)), TypeError, "plan: got Tensor, expected a BatchPlan"),
     "slot past the end": (

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from peft import PeftModel
 
-from lora_kernels import attach_pool, dispatch
+from lora_kernels import BatchPlan, attach_pool, dispatch
 from lora_kernels.adapters.checkpoint import read_adapter
 from lora_kernels.demo.adapters import make_pool, sharing_weights
 from lora_kernels.demo.engine import RowCache
@@ -36,7 +36,8 @@ class Contest:
         self.served, self.serving = served, attach_pool(served, pool)
         name, (k, _) = next(iter(pool.layers.items()))
         x = torch.empty(rows, k, dtype=model.dtype, device=device)
-        self.plan = dispatch.batched_plan_for(x, served.get_submodule(name).weight, pool.layer(name))
+        plan = BatchPlan(torch.zeros(rows, dtype=torch.int32, device=device))
+        self.plan = dispatch.batched_plan_for(x, served.get_submodule(name).weight, (pool.layer(name),), plan)
 
         (first, directory), *others = adapters.items()
         options = {"autocast_adapter_dtype": False}  # no rounding to and from fp32: adapters in the model's dtype
