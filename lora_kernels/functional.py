@@ -118,16 +118,9 @@ def _check_batched(x, weight, adapters, plan, bias):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}")
     if not adapters:
         raise ValueError("adapters: got none, expected a LayerAdapters, or one for each slice of y's columns")
-<<<<<<< HEAD
-    tensors = {"x": x, "weight": weight, "plan.slots": plan.slots}
-    tensors |= {"adapters.a" if len(adapters) == 1 else f"adapters[{i}].a": s.a for i, s in enumerate(adapters)}
-    _check_tensors(tensors | ({} if bias is None else {"bias": bias}))
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-=======
     tensors = {"x": x, "weight": weight, "plan.slots": plan.slots} | ({} if bias is None else {"bias": bias})
     _check_tensors(tensors | {f"adapters[{i}].a": s.a for i, s in enumerate(adapters)})
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
->>>>>>> tests
         raise ValueError(
             f"x: got shape {list(x.shape)}, expected [..., K] for weight [N, K], which is {list(weight.shape)}; N, K >= 1"
         )

@@ -71,10 +71,6 @@ BAD = {
         lambda: call(adapters=(*Batch(widths=(40,)).adapters, *Batch(widths=(32,), dtype=torch.float16).adapters)),
         TypeError, "adapters: got torch.float16, expected torch.float32",
     ),
-    "slices differ in device": (
-        lambda: call(adapters=(on(adapters(), "meta"), adapters())),
-        ValueError, r"adapters\[0\].a: got a meta tensor",
-    ),
     "plan is a tensor": (lambda: call(plan=torch.zeros(40)), TypeError, "plan: got Tensor, expected a BatchPlan"),
     "slot past the end": (
         lambda: call(plan=BatchPlan(torch.full((40,), 5, dtype=torch.int32))),

@@ -105,7 +105,9 @@ class Serving:
             sequences = len(self._batch)
             if not sequences or rows % sequences:
                 raise ValueError(f"slots: got {sequences}, one a sequence, expected a divisor of a layer's {rows} rows")
-            per_token = (None if t is None else t.repeat_interleave(rows // sequences, 0) for t in self._batch.parts[:2])
+            per_token = (
+                None if t is None else t.repeat_interleave(rows // sequences, 0) for t in self._batch.parts[:2]
+            )
             self._plans[rows] = BatchPlan(*per_token)
         return self._plans[rows]
 

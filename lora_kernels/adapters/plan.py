@@ -95,11 +95,7 @@ class BatchPlan:
 def _check_slots(slots):
     if not isinstance(slots, Tensor) or slots.dtype != torch.int32:
         raise TypeError(f"slots: got {getattr(slots, 'dtype', type(slots).__name__)}, expected an int32 tensor")
-<<<<<<< HEAD
     if slots.dim() not in (1, 2) or slots.shape[1:] == (0,):
-=======
-    if slots.dim() not in (1, 2) or (slots.dim() == 2 and slots.shape[1] == 0):
->>>>>>> tests
         raise ValueError(f"slots: got shape {list(slots.shape)}, expected [M] or [M, S] with S >= 1")
 
 

@@ -91,14 +91,8 @@ class _H(NamedTuple):
     def of(cls, x, adapters, plan):
         (m, k), entries = x.shape, plan.slots.numel()
         r_max = max(s.max_rank for s in adapters)
-<<<<<<< HEAD
-        config = backend.config_for(
-            "batched_shrink", x, r_max, r_max, aligned=on_16_bytes(x, *(s.a.flatten(0, -2) for s in adapters))
-        )
-=======
         aligned = on_16_bytes(x, *(s.a.flatten(0, -2) for s in adapters))
         config = backend.config_for("batched_shrink", x, r_max, r_max, aligned=aligned)
->>>>>>> tests
         split = min(cdiv(k, config.block_k), 8) if m <= DECODE_ROWS else 1
         planes = x.new_empty(split, entries, len(adapters) * r_max, dtype=accumulator(x))
         block_r = rank_block(r_max, cap=32)
