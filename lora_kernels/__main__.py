@@ -53,6 +53,7 @@ def _add_explain_arguments(explain):
         explain.add_argument(f"--{name}", type=int, required=True, help=meaning)
     explain.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the base weight (default: bf16)")
     explain.add_argument("--dropout", action="store_true", help="with dropout on the adapter's input")
+    explain.add_argument("--adapters", type=int, metavar="8", help="of lora_linear_batched, with as many in the batch")
     explain.add_argument(
         "--device-capability", type=int, metavar="90", help="e.g. 90 for sm_90 (default: the local device)"
     )
@@ -76,6 +77,7 @@ def _explain(arguments, _):
             dropout=arguments.dropout,
             backend=arguments.backend,
             strategy=arguments.strategy,
+            adapters=arguments.adapters,
         )
     except (ValueError, NotImplementedError) as error:
         print(error, file=sys.stderr)

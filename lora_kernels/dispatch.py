@@ -164,10 +164,10 @@ class Explanation:
 
     def __str__(self):
         p = self.problem
-        backend = self.plan.backend.__name__.rsplit(".", 1)[-1]
+        backend = self.plan.backend.__name__.rsplit(".", 1)[-1].removesuffix("_batched")
         lines = [
             f"y[{p.m},{p.n}] = x[{p.m},{p.k}] Wᵀ + s (x Aᵀ) Bᵀ, r = {p.r}, {p.dtype}, "
-            + (f"{p.distinct} adapters, " if p.distinct else "")
+            + (f"adapters = {p.distinct}, " if p.distinct else "")
             + (f"sm_{p.capability}, {p.num_sms} SMs" if p.capability else p.device),
             f"runs     {backend} / {self.plan.strategy}",
             f"because  {self.plan.why}",
@@ -201,12 +201,16 @@ def explain(
     """Why this kernel: the choice for `x [m,k]`, `weight [n,k]`, rank r, on this GPU or on one of `capability` (90: H200).
 
     With `adapters` it is `lora_linear_batched` that is explained, with as many of them in the batch. Without a GPU, and
-    with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a backend or strategy
-    that cannot run the problem.
+    with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a backend or strategy that
+    cannot run the problem, and ValueError for fewer adapters than one, or dropout with adapters.
 
     >>> print(explain(8192, 4096, 4096, 16).plan.strategy)
     extended
     """
+    if adapters is not None and adapters < 1:
+        raise ValueError(f"adapters: got {adapters}, expected at least 1, or None")
+    if adapters is not None and dropout:
+        raise ValueError("dropout: got True, expected False, since lora_linear_batched has none")
     if capability is None and torch.cuda.is_available():
         capability, num_sms, tma = triton.target(torch.device("cuda", torch.cuda.current_device()))
     else:
@@ -216,15 +220,15 @@ def explain(
     tma = tma and not any(extent * dtype.itemsize % 16 for extent in (n, k, *(() if distinct else (r,))))
     tf32 = dtype == torch.float32 and triton.tf32_allowed()
     problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma, tf32, distinct)
-    module, prefix = (triton_batched, "batched_") if distinct else (triton, "")
+    module = triton_batched if distinct else triton
     strategies = [
         s
         for s in module.STRATEGIES
-        if configs.candidates(prefix + s, capability, dtype.itemsize, m, r) or prefix + s == "chained"
+        if distinct or s == "chained" or configs.candidates(s, capability, dtype.itemsize, m, r)
     ]
     return Explanation(
         problem,
-        choose(problem, backend, strategy),
+        choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy),
         roofline.base_cost(m, n, k, dtype.itemsize, _ceilings(capability)),
         {s: modelled_cost(s, problem) for s in strategies},
         {s: module.strategy_reasons_unsupported(s, problem) for s in strategies},

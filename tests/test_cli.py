@@ -26,6 +26,11 @@ def test_explain_prints_what_explain_returns(capsys):
     assert capsys.readouterr().out == f"{expected}\n"
 
 
+def test_explain_takes_the_adapters_of_a_batch(capsys):
+    assert command_line.main("explain --m 64 --n 4096 --k 4096 --r 16 --adapters 8 --device-capability 90".split()) == 0
+    assert capsys.readouterr().out == f"{lora_kernels.explain(64, 4096, 4096, 16, adapters=8, capability=90)}\n"
+
+
 def test_explain_takes_backend_and_strategy(capsys):
     arguments = "explain --m 8 --n 64 --k 64 --r 8 --device-capability 90 --backend eager --strategy chained".split()
     assert command_line.main(arguments) == 0
@@ -33,7 +38,14 @@ def test_explain_takes_backend_and_strategy(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--backend nonsense", "--strategy nonsense", "--backend eager --strategy extended"]
+    "arguments",
+    [
+        "--backend nonsense",
+        "--strategy nonsense",
+        "--backend eager --strategy extended",
+        "--adapters -7",
+        "--adapters 0",
+    ],
 )
 def test_explain_answers_what_cannot_be_with_the_reason(arguments, capsys):
     problem = "explain --m 8 --n 64 --k 64 --r 8 --device-capability 90"

@@ -24,8 +24,10 @@ def test_row_is_legal(capability, row):
         row.max_rank <= (64 if row.kernel in ("single_pass", "one_launch") else 512)
         or capability == configs.INTERPRETER
     )
-    if row.kernel in ("extended", "single_pass", "one_launch"):
+    if row.kernel.removeprefix("batched_") in ("extended", "single_pass", "one_launch"):
         assert tile.block_m and tile.block_n and tile.block_k
+    if row.kernel == "batched_shrink":
+        assert tile.block_n >= 32 and tile.block_k  # the widest block of ranks
 
 
 @pytest.mark.parametrize("capability", TABLES)
@@ -35,6 +37,17 @@ def test_every_problem_finds_a_row(capability, kernel):
     ranks = (1, 16, 32) if kernel == "dy_pass" else (1, 16, 64, 65, 512)
     for m, n, r, itemsize, dropout in itertools.product(sizes, sizes, ranks, (2, 4), (False, True)):
         configs.lookup(kernel, capability, itemsize, m, n, r, num_sms=132, dropout=dropout)
+
+
+@pytest.mark.parametrize("capability", TABLES)
+@pytest.mark.parametrize("kernel", ["shrink", "extended", "chained", "one_launch"])
+def test_every_batch_finds_a_row(capability, kernel):
+    decoding = kernel == "one_launch"
+    rows, itemsizes = ((1, 16, 17, 256), (2,)) if decoding else ((1, 16, 256, 257, 10**6), (2, 4))
+    for m, n, r, itemsize, aligned in itertools.product(rows, (1, 4096), (1, 33, 512), itemsizes, (False, True)):
+        configs.lookup(f"batched_{kernel}", capability, itemsize, m, n, r, num_sms=132, aligned=aligned)
+    if decoding and capability != configs.INTERPRETER:
+        assert not configs.candidates("batched_one_launch", capability, 2, 257, 16)
 
 
 def test_unknown_architectures_use_the_nearest_older_table():
