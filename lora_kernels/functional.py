@@ -83,11 +83,11 @@ def lora_linear_batched(
               to N and equally many slots
     plan      the slots of each row; shared by all layers of the step
     bias      `[N]`, same dtype as x
-    backend   None (dispatch decides), "triton" or "eager"
-    strategy  None (dispatch decides), "one_launch", "extended" or "chained" (triton), "looped" (eager)
+    backend   None (dispatch decides), "triton", "cpu" or "eager"
+    strategy  None (dispatch decides), "one_launch", "extended" or "chained" (triton), "chained" (cpu), "looped" (eager)
 
     Returns `y [..., N]`. A row's bits depend on that row and its own adapters alone (`chained`: on the number of rows
-    too, as the base layer's by cuBLAS do), and nothing is read back from a GPU (except by the eager backend), so a CUDA
+    too, as the base layer's by PyTorch do), and nothing is read back from a GPU (except by the eager backend), so a CUDA
     graph replays it with other slots, ranks and adapters.
     Raises TypeError or ValueError for arguments that break the above, NotImplementedError where x needs a gradient, or for
     a backend or strategy that was asked for and cannot run this problem.
