@@ -1,0 +1,25 @@
+// Any machine: the vectors that GCC and Clang lower to whatever there is.
+#define ISA generic
+#include "scalar.h"
+
+namespace {
+
+constexpr int kLanes = 4;
+typedef float Vec __attribute__((vector_size(16)));
+
+inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec fma(Vec a, Vec b, Vec c) { return c + a * b; }
+inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+template <class T>
+inline Vec load(const T* from) { return Vec{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])}; }
+template <class T>
+inline void store(T* to, Vec v) {
+  for (int i = 0; i < kLanes; ++i) narrow(v[i], to[i]);
+}
+
+}  // namespace
+
+#include "parts.h"
+#include "dot.h"
+#include "batched.h"
