@@ -22,11 +22,18 @@ ROWS = (
     Row("batched_shrink", Config(16, 64, 128, num_warps=4, num_stages=4), max_m=256, unaligned=False),
     Row("batched_shrink", Config(64, 64, 64, num_warps=4, num_stages=4, max_registers=255), unaligned=False),
     Row("batched_shrink", Config(16, 32, 32, num_warps=4, num_stages=3, max_registers=255), efficiency=0.5),
-    Row("batched_one_launch", Config(16, 64, 128, num_warps=4, num_stages=4, max_registers=255), max_m=16, unaligned=False),
+    Row(
+        "batched_one_launch",
+        Config(16, 64, 128, num_warps=4, num_stages=4, max_registers=255),
+        max_m=16,
+        unaligned=False,
+    ),
     Row("batched_one_launch", Config(64, 128, 64, num_warps=8, num_stages=4), max_m=256, unaligned=False),
     Row("batched_chained", Config(64, 128, num_warps=8, max_registers=255), unaligned=False),
     Row("batched_chained", Config(32, 64, num_warps=8, max_registers=255), efficiency=0.5),
-    Row("batched_extended", Config(64, 64, 64, num_warps=4, num_stages=3, max_registers=255), max_m=256, unaligned=False),
+    Row(
+        "batched_extended", Config(64, 64, 64, num_warps=4, num_stages=3, max_registers=255), max_m=256, unaligned=False
+    ),
     Row("batched_extended", Config(128, 128, 64, num_warps=8, num_stages=3), unaligned=False),
     Row(
         "batched_one_launch",

@@ -17,7 +17,9 @@ ROWS = (
     Row("single_pass", Config(16, 64, 128, num_warps=4, num_stages=4), max_rank=64, max_m=32),
     Row("dy_pass", Config(64, 128, num_warps=4, num_stages=3), max_rank=32),
     Row("wgrad", Config(64, 128, num_warps=8, num_stages=4)),
-    Row("batched_shrink", Config(16, 64, 128, num_warps=4, num_stages=4, max_registers=255), max_m=256, unaligned=False),
+    Row(
+        "batched_shrink", Config(16, 64, 128, num_warps=4, num_stages=4, max_registers=255), max_m=256, unaligned=False
+    ),
     Row("batched_shrink", Config(64, 64, 64, num_warps=4, num_stages=4, max_registers=255), unaligned=False),
     Row("batched_shrink", Config(16, 32, 32, num_warps=4, num_stages=3, max_registers=255), efficiency=0.5),
     Row("batched_one_launch", Config(16, 64, 128, num_warps=4, num_stages=3), max_m=16, unaligned=False),
