@@ -33,7 +33,8 @@ SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 class Case:
     """A layer whose forward and backward pass are recorded; where `aligned`, all rows lie on 16-byte boundaries.
 
-    In a batched layer the columns come in slices of `widths`, and a row has `per_row` adapters, weighted if several.
+    In a batched layer the columns come in slices of `widths`, and a row has `per_row` adapters, weighted if several; they lie
+    `packed`, as in a pool, or padded.
     """
 
     dtype: torch.dtype
@@ -49,6 +50,7 @@ class Case:
     scaling_on_device: bool = False
     widths: tuple[int, ...] = ()
     per_row: int = 1
+    packed: bool = False
 
 
 CASES = {  # by itemsize; every switch of every kernel is on in one case and off in another
@@ -73,15 +75,15 @@ CASES = {  # by itemsize; every switch of every kernel is on in one case and off
 
 BATCHED_CASES = {
     2: (
-        Case(torch.bfloat16, 16),
+        Case(torch.bfloat16, 16, packed=True),
         Case(torch.bfloat16, 64, bias=True, per_row=2),
-        Case(torch.bfloat16, 128, widths=(2048, 1024, 1024)),
+        Case(torch.bfloat16, 128, widths=(2048, 1024, 1024), packed=True),
         Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False, widths=(4000, 95)),
         Case(torch.bfloat16, 16, m=1),
         Case(torch.float16, 16),
     ),
     4: (
-        Case(torch.float32, 16),
+        Case(torch.float32, 16, packed=True),
         Case(torch.float32, 1, m=1001, n=999, k=1003, aligned=False, bias=True),
         Case(torch.float32, 64, tf32=True),
         Case(torch.float32, 16, m=1),
@@ -169,13 +171,18 @@ def _launches(case: Case, row: configs.Row, capability: int):
 
 def _run_batched(case, row, x, weight, bias):
     slots, several = 8, (case.per_row,) if case.per_row > 1 else ()
+    rows = (slots * case.r,) if case.packed else (slots, case.r)
+    tables = _empty(torch.int32, slots), _empty(torch.float32, slots)
+    packing = (_empty(torch.int64, slots), case.r) if case.packed else ()
     adapters = tuple(
         LayerAdapters(
-            _empty(case.dtype, slots, case.r, case.k), _empty(case.dtype, slots, width, case.r),
-            _empty(torch.int32, slots), _empty(torch.float32, slots),
+            _empty(case.dtype, *rows, case.k),
+            _empty(case.dtype, *(rows + (width,) if case.packed else (slots, width, case.r))),
+            *tables,
+            *packing,
         )
         for width in case.widths or (case.n,)
-    )  # fmt: skip
+    )
     entries = _empty(torch.int32, x.shape[0], *several)
     plan = BatchPlan.of_parts(
         entries, _empty(torch.float32, *entries.shape) if several else None, *3 * [entries.view(-1)]

@@ -66,3 +66,14 @@ def test_large_problems_get_the_large_tile_and_small_ones_fill_the_machine():
     assert (large.block_m, large.block_n, large.block_k, large.num_stages) == (128, 256, 64, 4)
     assert configs.lookup("extended", 90, 2, 512, 4096, 16, 132).block_n == 128
     assert configs.lookup("extended", 90, 2, 8192, 4096, 16, 132, dropout=True).block_n == 128
+
+
+@pytest.mark.parametrize("capability", configs.ARCHITECTURES)
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 96, 256])
+def test_tiles_for_unaligned_rows_are_the_last_resort_while_decoding(capability, m):
+    """They are low, so that W would be read once for every 16 rows."""
+    for kernel in ("batched_one_launch", "batched_shrink"):
+        problem = (capability, 2, m, 4096, 16, configs.architecture(capability).NUM_SMS)
+        chosen = configs.lookup(kernel, *problem)
+        [row] = [row for row in configs.candidates(kernel, capability, 2, m, 16) if row.config == chosen]
+        assert not row.unaligned

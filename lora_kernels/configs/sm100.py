@@ -21,7 +21,7 @@ ROWS = (
     Row("wgrad", Config(64, 128, num_warps=8, num_stages=3)),
     Row("batched_shrink", Config(16, 64, 128, num_warps=4, num_stages=4), max_m=256, unaligned=False),
     Row("batched_shrink", Config(64, 64, 64, num_warps=4, num_stages=4, max_registers=255), unaligned=False),
-    Row("batched_shrink", Config(16, 32, 32, num_warps=4, num_stages=3, max_registers=255), efficiency=0.5),
+    Row("batched_shrink", Config(16, 32, 32, num_warps=4, num_stages=3, max_registers=255), efficiency=0.1),
     Row(
         "batched_one_launch",
         Config(16, 64, 128, num_warps=4, num_stages=4, max_registers=255),
@@ -39,7 +39,7 @@ ROWS = (
         "batched_one_launch",
         Config(16, 64, 64, num_warps=8, num_stages=3, max_registers=255),
         max_m=256,
-        efficiency=0.5,
+        efficiency=0.1,
     ),
     Row("batched_extended", Config(32, 64, 32, num_warps=8, num_stages=3, max_registers=255), efficiency=0.5),
     Row("shrink", Config(32, block_k=32, num_warps=8, num_stages=3), itemsize=4),
