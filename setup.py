@@ -1,3 +1,67 @@
-from setuptools import setup
+"""Builds csrc where a C++ compiler is at hand: `LORA_KERNELS_BUILD=auto|cpu|none`; all else is in pyproject.toml."""
 
-setup()
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+# -ffp-contract=off: what is fused is written so, and no other function can round differently from its neighbour.
+FLAGS = shlex.split("-std=c++17 -O3 -g0 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden -fno-exceptions -fno-rtti")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+SOURCES = {"csrc/binding.cpp": [], "csrc/cpu/generic.cpp": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    SOURCES |= {"csrc/cpu/avx2.cpp": AVX2, "csrc/cpu/avx512.cpp": AVX512}
+    SOURCES |= {"csrc/cpu/avx512_bf16.cpp": [*AVX512, "-mavx512bf16"]}
+MODE = os.environ.get("LORA_KERNELS_BUILD", "auto")
+
+
+class Build(build_ext):
+    """A plain shared library: it knows neither Python nor torch, and takes OpenMP from the process that loads it."""
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a failure must not leave the library of other sources; nor may one in use change
+        try:
+            compiler, objects = os.environ.get("CXX", "g++"), []
+            for source, flags in SOURCES.items():
+                objects.append(str(Path(self.build_temp, source).with_suffix(".o")))
+                Path(objects[-1]).parent.mkdir(parents=True, exist_ok=True)
+                self.spawn([*shlex.split(compiler), *FLAGS, *flags, "-c", source, "-o", objects[-1]])
+            self.spawn([*shlex.split(compiler), "-shared", "-static-libgcc", *objects, "-o", str(target)])
+        except Exception as error:
+            if MODE == "cpu":
+                raise
+            missing = f"lora_kernels: without its CPU kernels ({error}); to get them, install g++ and install it again"
+            print(missing, file=sys.stderr)
+
+    def get_ext_filename(self, name):
+        return os.path.join(*name.split(".")) + ".so"
+
+    def get_outputs(self):
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+class Wheel(bdist_wheel):
+    """One wheel for every Python."""
+
+    def get_tag(self):
+        *_, system = super().get_tag()
+        return "py3", "none", system
+
+
+if MODE == "cuda":
+    raise SystemExit("LORA_KERNELS_BUILD=cuda: CUDA kernels are still to come; use auto, cpu or none")
+if MODE not in ("auto", "cpu", "none"):
+    raise SystemExit(f"LORA_KERNELS_BUILD: got {MODE!r}, expected auto, cpu or none")
+builds = MODE == "cpu" or (MODE == "auto" and sys.platform == "linux" and Path("csrc").is_dir())
+setup(
+    ext_modules=[Extension("lora_kernels._cpu", list(SOURCES))] if builds else [],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+)

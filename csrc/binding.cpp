@@ -1,0 +1,36 @@
+// The C functions that Python calls, and the choice of an instruction set at run time.
+#include "cpu/isa.h"
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  void (*batched)(const LoraBatch&);
+};
+
+const Isa kIsas[] = {  // the best first
+#if defined(__x86_64__)
+    {"avx512_bf16", [] { return avx512::supported() && __builtin_cpu_supports("avx512bf16"); }, avx512_bf16::batched},
+    {"avx512", avx512::supported, avx512::batched},
+    {"avx2", avx2::supported, avx2::batched},
+#endif
+    {"generic", [] { return true; }, generic::batched},
+};
+constexpr int kCount = sizeof kIsas / sizeof *kIsas;
+
+}  // namespace
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+EXPORT int32_t lora_abi() { return LORA_ABI; }
+
+EXPORT const char* lora_isa_name(int32_t isa) { return isa < kCount ? kIsas[isa].name : nullptr; }
+
+EXPORT int32_t lora_isa_supported(int32_t isa) { return kIsas[isa].supported(); }
+
+EXPORT void lora_batched(const LoraBatch* batch, int32_t isa) { kIsas[isa].batched(*batch); }
+
+}

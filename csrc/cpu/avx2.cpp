@@ -1,0 +1,44 @@
+// AVX2, FMA and F16C.
+#define ISA avx2
+#include <immintrin.h>
+#include "scalar.h"
+
+namespace {
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+
+inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Vec v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline __m128i bits(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
+inline Vec load(const bf16* from) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits(from)), 16));
+}
+inline Vec load(const fp16* from) { return _mm256_cvtph_ps(bits(from)); }
+
+inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
+inline void store(bf16* to, Vec v) {
+  const __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i wide = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), nan);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+}
+inline void store(fp16* to, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+}  // namespace
+
+#include "parts.h"
+#include "dot.h"
+#include "batched.h"

@@ -1,0 +1,4 @@
+#define ISA avx512
+#include "avx512.h"
+#include "dot.h"
+#include "batched.h"

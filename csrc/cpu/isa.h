@@ -1,0 +1,25 @@
+// One entry point an instruction set; each is compiled with flags of its own (setup.py).
+#pragma once
+#include "../lora.h"
+
+namespace generic {
+void batched(const LoraBatch&);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+inline bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+void batched(const LoraBatch&);
+}  // namespace avx2
+namespace avx512 {
+inline bool supported() {
+  return avx2::supported() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+void batched(const LoraBatch&);
+}  // namespace avx512
+namespace avx512_bf16 {
+void batched(const LoraBatch&);
+}
+#endif

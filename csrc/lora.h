@@ -1,0 +1,32 @@
+// What crosses the border to Python: plain structs, mirrored in lora_kernels/backends/cpu_library.py.
+#pragma once
+#include <stdint.h>
+
+#define LORA_ABI 1  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_MAX_RANK 512
+
+enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
+
+// The adapters of one slice of y's columns. Slot s has A [ranks[s], K] at a + first_row[s] K, contiguous, and B at
+// b + first_row[s] width, where element (n, r) lies n stride_bn + r stride_br further.
+struct LoraSlice {
+  const void* a;
+  const void* b;
+  const int64_t* first_row;
+  const int32_t* ranks;
+  const float* scalings;
+  float* h;  // [rows adapters_per_row, max_rank], scratch
+  int64_t width, max_rank, stride_bn, stride_br;
+};
+
+// y += the adapters of each row; an entry e of slots [rows, adapters_per_row] belongs to row e / adapters_per_row.
+struct LoraBatch {
+  const void* x;
+  void* y;
+  const int32_t* slots;
+  const int32_t* order;    // the entries by ascending slot
+  const float* weights;    // as slots, or null
+  const LoraSlice* slices;
+  int64_t rows, k, stride_x, stride_y, adapters_per_row, num_slots, num_slices;
+  int32_t dtype, threads;
+};

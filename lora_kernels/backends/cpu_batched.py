@@ -1,0 +1,52 @@
+"""The CPU's compiled kernels under PyTorch's base layer: every row its own adapters, in place. csrc/cpu/batched.h."""
+
+import torch
+
+from lora_kernels.backends import cpu_library
+from lora_kernels.backends.operands import row_major
+
+STRATEGIES = ("chained",)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def reasons_unsupported(problem) -> list[str]:
+    """Why this backend cannot run `problem`; empty if it can. ValueError where LORA_KERNELS_CPU_ISA cannot be."""
+    if problem.device != "cpu":
+        return [f"x is on {problem.device}, not the CPU"]
+    if isinstance(reason := cpu_library.library(), str):
+        return [reason]
+    cpu_library.instruction_set()
+    return [] if problem.dtype in DTYPES else [f"{problem.dtype} is none of {', '.join(map(str, DTYPES))}"]
+
+
+def strategy_reasons_unsupported(strategy, problem) -> list[str]:
+    """Why `strategy` cannot run `problem`: never a reason."""
+    return []
+
+
+def forward(x, weight, bias, adapters, plan, strategy):
+    """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
+    x = row_major(x)
+    y = torch.nn.functional.linear(x, weight, bias)
+    m, k = x.shape
+    if m == 0:
+        return y
+    entries = plan.slots.numel()
+    h = x.new_empty(entries * sum(s.max_rank for s in adapters), dtype=torch.float32)
+    at, slices = h.data_ptr(), []
+    for s in adapters:
+        slices.append((
+            s.a.data_ptr(), s.b.data_ptr(), s.first_row.data_ptr(), s.ranks.data_ptr(), s.scalings.data_ptr(), at,
+            s.b.shape[1], s.max_rank, *s.strides_b,
+        ))  # fmt: skip
+        at += entries * s.max_rank * h.element_size()
+    table = (cpu_library.Slice * len(slices))(*slices)
+    cpu_library.batched()(
+        cpu_library.Batch(
+            x.data_ptr(), y.data_ptr(), plan.slots.data_ptr(), plan.order.data_ptr(),
+            None if plan.weights is None else plan.weights.data_ptr(), cpu_library.ctypes.addressof(table), m, k,
+            x.stride(0), y.stride(0), plan.adapters_per_row, len(adapters[0].ranks), len(slices), DTYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return y

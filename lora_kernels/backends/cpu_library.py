@@ -1,0 +1,72 @@
+"""The compiled library of the CPU kernels, and the instruction set that is used. csrc/lora.h holds its structs.
+
+It is plain C, called by ctypes: one build serves every Python and every torch, and building needs neither.
+"""
+
+import ctypes
+import functools
+import os
+from ctypes import c_int32, c_int64, c_void_p
+from pathlib import Path
+
+PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
+ABI = 1
+
+
+class Slice(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("a", "b", "first_row", "ranks", "scalings", "h")),
+        *((name, c_int64) for name in ("width", "max_rank", "stride_bn", "stride_br")),
+    ]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "y", "slots", "order", "weights", "slices")),
+        *((name, c_int64) for name in ("rows", "k", "stride_x", "stride_y", "adapters_per_row", "num_slots")),
+        *(("num_slices", c_int64), ("dtype", c_int32), ("threads", c_int32)),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The library, or why there is none. Its OpenMP is the one that torch has loaded: two would fight over the cores."""
+    if not PATH.exists():
+        return "lora_kernels was installed without its CPU kernels (install g++, then lora_kernels again)"
+    try:
+        found = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        return f"its library does not load: {error}"
+    found.lora_isa_name.restype = ctypes.c_char_p
+    found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_int32)
+    found.lora_batched.restype = None
+    if found.lora_abi() != ABI:
+        return f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
+    return found
+
+
+def instruction_sets() -> dict[str, bool]:
+    """Those that the library was built for, the best first, and whether this machine has them."""
+    sets, found = {}, library()
+    while name := found.lora_isa_name(len(sets)):
+        sets[name.decode()] = bool(found.lora_isa_supported(len(sets)))
+    return sets
+
+
+@functools.cache
+def instruction_set() -> str:
+    """The one in use: LORA_KERNELS_CPU_ISA, or the best; ValueError for one that is not built, or not of this machine."""
+    sets = instruction_sets()
+    usable = [name for name, supported in sets.items() if supported]
+    asked = os.environ.get("LORA_KERNELS_CPU_ISA") or usable[0]
+    if asked not in usable:
+        why = "which this machine lacks" if asked in sets else "which is not built"
+        raise ValueError(f"LORA_KERNELS_CPU_ISA: got {asked!r}, {why}, expected one of {', '.join(usable)}")
+    return asked
+
+
+@functools.cache
+def batched():
+    """`run(batch)`: the batched kernel of the instruction set in use."""
+    function, index = library().lora_batched, list(instruction_sets()).index(instruction_set())
+    return lambda batch: function(batch, index)
