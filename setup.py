@@ -4,14 +4,16 @@ import os
 import platform
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 # -ffp-contract=off: what is fused is written so, and no other function can round differently from its neighbour.
-FLAGS = shlex.split("-std=c++17 -O3 -g0 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden -fno-exceptions -fno-rtti")
+FLAGS = shlex.split("-std=c++17 -O2 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden -fno-exceptions -fno-rtti")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 SOURCES = {"csrc/binding.cpp": [], "csrc/cpu/generic.cpp": []}
@@ -29,17 +31,20 @@ class Build(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # a failure must not leave the library of other sources; nor may one in use change
         try:
-            compiler, objects = os.environ.get("CXX", "g++"), []
-            for source, flags in SOURCES.items():
-                objects.append(str(Path(self.build_temp, source).with_suffix(".o")))
-                Path(objects[-1]).parent.mkdir(parents=True, exist_ok=True)
-                self.spawn([*shlex.split(compiler), *FLAGS, *flags, "-c", source, "-o", objects[-1]])
-            self.spawn([*shlex.split(compiler), "-shared", "-static-libgcc", *objects, "-o", str(target)])
+            with ThreadPoolExecutor() as pool:
+                objects = list(pool.map(self._compile, SOURCES))
+            self.spawn([*COMPILER, "-shared", "-static-libgcc", *objects, "-o", str(target)])
         except Exception as error:
             if MODE == "cpu":
                 raise
             missing = f"lora_kernels: without its CPU kernels ({error}); to get them, install g++ and install it again"
             print(missing, file=sys.stderr)
+
+    def _compile(self, source):
+        result = Path(self.build_temp, source).with_suffix(".o")
+        result.parent.mkdir(parents=True, exist_ok=True)
+        self.spawn([*COMPILER, *FLAGS, *SOURCES[source], "-c", source, "-o", str(result)])
+        return str(result)
 
     def get_ext_filename(self, name):
         return os.path.join(*name.split(".")) + ".so"

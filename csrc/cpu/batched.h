@@ -24,7 +24,7 @@ inline int64_t rank_of(const LoraBatch& p, const LoraSlice& s, int32_t slot) {
 
 // out [ROWS][RANKS] = the dot products of ROWS rows of x with RANKS rows of A.
 template <int ROWS, int RANKS, class T>
-inline void dots(const T* const* x, const T* a, int64_t k, float (*out)[kRanks]) {
+__attribute__((noinline)) void dots(const T* const* x, const T* a, int64_t k, float (*out)[kRanks]) {
   using D = Dot<T>;
   constexpr int64_t step = D::kStep;
   Vec sums[2][ROWS][RANKS];
@@ -123,7 +123,7 @@ inline void shrink(const LoraBatch& p, int64_t thread, int64_t threads) {
 
 // terms [ROWS][kBlock] += h [ROWS][ranks] times b [ranks][columns].
 template <int ROWS, class T>
-inline void expand_tile(float (*terms)[kBlock], const float* const* h, const T* b, int64_t stride, int64_t ranks,
+__attribute__((noinline)) void expand_tile(float (*terms)[kBlock], const float* const* h, const T* b, int64_t stride, int64_t ranks,
                         int64_t columns) {
   Vec sums[ROWS][kVectors];
   for (int m = 0; m < ROWS; ++m)
