@@ -29,7 +29,9 @@ class Build(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # a failure must not leave the library of other sources; nor may one in use change
+        target.unlink(
+            missing_ok=True
+        )  # a failure must not leave the library of other sources; nor may one in use change
         try:
             with ThreadPoolExecutor() as pool:
                 objects = list(pool.map(self._compile, SOURCES))

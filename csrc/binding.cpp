@@ -1,4 +1,6 @@
 // The C functions that Python calls, and the choice of an instruction set at run time.
+#include <stdlib.h>
+
 #include "cpu/isa.h"
 
 namespace {
@@ -31,6 +33,15 @@ EXPORT const char* lora_isa_name(int32_t isa) { return isa < kCount ? kIsas[isa]
 
 EXPORT int32_t lora_isa_supported(int32_t isa) { return kIsas[isa].supported(); }
 
-EXPORT void lora_batched(const LoraBatch* batch, int32_t isa) { kIsas[isa].batched(*batch); }
+// y of `batch` in place; false where there is no memory for h.
+EXPORT int32_t lora_batched(LoraBatch* batch, int32_t isa) {
+  const LoraSlice& last = batch->slices[batch->num_slices - 1];
+  const int64_t ranks = last.first_rank + last.max_rank;
+  batch->h = static_cast<float*>(malloc(ranks * batch->rows * batch->adapters_per_row * sizeof(float)));
+  if (!batch->h) return 0;
+  kIsas[isa].batched(*batch);
+  free(batch->h);
+  return 1;
+}
 
 }

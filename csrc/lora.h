@@ -15,8 +15,8 @@ struct LoraSlice {
   const int64_t* first_row;
   const int32_t* ranks;
   const float* scalings;
-  float* h;  // [rows adapters_per_row, max_rank], scratch
-  int64_t width, max_rank, stride_bn, stride_br;
+  int64_t width, stride_bn, stride_br;
+  int64_t max_rank, first_rank;  // the largest rank, and the sum of those of the slices before
 };
 
 // y += the adapters of each row; an entry e of slots [rows, adapters_per_row] belongs to row e / adapters_per_row.
@@ -24,9 +24,10 @@ struct LoraBatch {
   const void* x;
   void* y;
   const int32_t* slots;
-  const int32_t* order;    // the entries by ascending slot
-  const float* weights;    // as slots, or null
+  const int32_t* order;  // the entries by ascending slot
+  const float* weights;  // as slots, or null
   const LoraSlice* slices;
+  float* h;  // [sum of max_rank, rows adapters_per_row], scratch that lora_batched allocates
   int64_t rows, k, stride_x, stride_y, adapters_per_row, num_slots, num_slices;
   int32_t dtype, threads;
 };

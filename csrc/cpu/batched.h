@@ -22,6 +22,10 @@ inline int64_t rank_of(const LoraBatch& p, const LoraSlice& s, int32_t slot) {
   return slot < 0 || slot >= p.num_slots ? 0 : larger(0, smaller(s.ranks[slot], s.max_rank));
 }
 
+inline float* h_of(const LoraBatch& p, const LoraSlice& s, int64_t entry) {
+  return p.h + p.rows * p.adapters_per_row * s.first_rank + entry * s.max_rank;
+}
+
 // out [ROWS][RANKS] = the dot products of ROWS rows of x with RANKS rows of A.
 template <int ROWS, int RANKS, class T>
 __attribute__((noinline)) void dots(const T* const* x, const T* a, int64_t k, float (*out)[kRanks]) {
@@ -31,27 +35,28 @@ __attribute__((noinline)) void dots(const T* const* x, const T* a, int64_t k, fl
   for (auto& half : sums)
     for (auto& row : half)
       for (auto& total : row) total = broadcast(0);
-  const auto add_products = [&](int half, auto load) {
+  const auto add_products = [&](int half, int64_t at, auto load) {
     typename D::Operand rows[ROWS];
 #pragma GCC unroll 4
-    for (int m = 0; m < ROWS; ++m) rows[m] = load(x[m]);
+    for (int m = 0; m < ROWS; ++m) rows[m] = load(x[m] + at);
 #pragma GCC unroll 4
     for (int r = 0; r < RANKS; ++r) {
-      const auto column = load(a + r * k);
+      const auto column = load(a + r * k + at);
 #pragma GCC unroll 4
       for (int m = 0; m < ROWS; ++m) sums[half][m][r] = D::accumulate(rows[m], column, sums[half][m][r]);
     }
   };
+  const auto load_all = [](const T* from) { return D::load(from); };
   int64_t i = 0;
   for (; i + 2 * step <= k; i += 2 * step) {
-    add_products(0, [&](const T* from) { return D::load(from + i); });
-    add_products(1, [&](const T* from) { return D::load(from + i + step); });
+    add_products(0, i, load_all);
+    add_products(1, i + step, load_all);
   }
   if (i + step <= k) {
-    add_products(0, [&](const T* from) { return D::load(from + i); });
+    add_products(0, i, load_all);
     i += step;
   }
-  if (i < k) add_products(1, [&](const T* from) { return D::load_part(from + i, k - i); });
+  if (i < k) add_products(1, i, [&](const T* from) { return D::load_part(from, k - i); });
   for (int m = 0; m < ROWS; ++m)
     for (int r = 0; r < RANKS; ++r) out[m][r] = sum(add(sums[0][m][r], sums[1][m][r]));
 }
@@ -78,7 +83,7 @@ inline void shrink_tile(const LoraBatch& p, const LoraSlice& s, const int32_t* e
   dots<ROWS>(x, static_cast<const T*>(s.a) + (s.first_row[slot] + rank) * p.k, p.k, ranks, h);
   for (int m = 0; m < ROWS; ++m) {
     const float scaling = s.scalings[slot] * (p.weights ? p.weights[entries[m]] : 1.0f);
-    for (int r = 0; r < ranks; ++r) s.h[entries[m] * s.max_rank + rank + r] = rounded<T>(scaling * h[m][r]);
+    for (int r = 0; r < ranks; ++r) h_of(p, s, entries[m])[rank + r] = rounded<T>(scaling * h[m][r]);
   }
 }
 
@@ -183,7 +188,7 @@ inline void expand_block(const LoraBatch& p, const LoraSlice& s, const int64_t* 
       b = transposed, stride = kBlock;
     }
     const float* h[kRun];
-    for (int m = 0; m < count; ++m) h[m] = s.h + (rows[m] * p.adapters_per_row + j) * s.max_rank;
+    for (int m = 0; m < count; ++m) h[m] = h_of(p, s, rows[m] * p.adapters_per_row + j);
     int m = 0;
     for (; m + 2 <= count; m += 2) expand_tile<2>(terms + m, h + m, b, stride, ranks, columns);
     if (m < count) expand_tile<1>(terms + m, h + m, b, stride, ranks, columns);

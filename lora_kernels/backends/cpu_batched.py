@@ -1,8 +1,11 @@
 """The CPU's compiled kernels under PyTorch's base layer: every row its own adapters, in place. csrc/cpu/batched.h."""
 
+import ctypes
+
 import torch
 
 from lora_kernels.backends import cpu_library
+from lora_kernels.backends.cpu_library import Batch, Slice, batched
 from lora_kernels.backends.operands import row_major
 
 STRATEGIES = ("chained",)
@@ -31,22 +34,20 @@ def forward(x, weight, bias, adapters, plan, strategy):
     m, k = x.shape
     if m == 0:
         return y
-    entries = plan.slots.numel()
-    h = x.new_empty(entries * sum(s.max_rank for s in adapters), dtype=torch.float32)
-    at, slices = h.data_ptr(), []
+    slices, first_rank = [], 0
     for s in adapters:
         slices.append((
-            s.a.data_ptr(), s.b.data_ptr(), s.first_row.data_ptr(), s.ranks.data_ptr(), s.scalings.data_ptr(), at,
-            s.b.shape[1], s.max_rank, *s.strides_b,
+            s.a.data_ptr(), s.b.data_ptr(), s.first_row.data_ptr(), s.ranks.data_ptr(), s.scalings.data_ptr(),
+            s.b.shape[1], *s.strides_b, s.max_rank, first_rank,
         ))  # fmt: skip
-        at += entries * s.max_rank * h.element_size()
-    table = (cpu_library.Slice * len(slices))(*slices)
-    cpu_library.batched()(
-        cpu_library.Batch(
-            x.data_ptr(), y.data_ptr(), plan.slots.data_ptr(), plan.order.data_ptr(),
-            None if plan.weights is None else plan.weights.data_ptr(), cpu_library.ctypes.addressof(table), m, k,
-            x.stride(0), y.stride(0), plan.adapters_per_row, len(adapters[0].ranks), len(slices), DTYPES[x.dtype],
-            torch.get_num_threads(),
-        )
+        first_rank += s.max_rank
+    table = (Slice * len(slices))(*slices)
+    batch = Batch(
+        x.data_ptr(), y.data_ptr(), plan.slots.data_ptr(), plan.order.data_ptr(),
+        None if plan.weights is None else plan.weights.data_ptr(), ctypes.addressof(table), None, m, k, x.stride(0),
+        y.stride(0), plan.adapters_per_row, len(adapters[0].ranks), len(slices), DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
+    run, isa = batched()
+    if not run(batch, isa):
+        raise MemoryError(f"lora_linear_batched: no memory for {plan.slots.numel()} x {first_rank} elements of h")
     return y

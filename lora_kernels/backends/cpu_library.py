@@ -15,14 +15,14 @@ ABI = 1
 
 class Slice(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("a", "b", "first_row", "ranks", "scalings", "h")),
-        *((name, c_int64) for name in ("width", "max_rank", "stride_bn", "stride_br")),
+        *((name, c_void_p) for name in ("a", "b", "first_row", "ranks", "scalings")),
+        *((name, c_int64) for name in ("width", "stride_bn", "stride_br", "max_rank", "first_rank")),
     ]
 
 
 class Batch(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "y", "slots", "order", "weights", "slices")),
+        *((name, c_void_p) for name in ("x", "y", "slots", "order", "weights", "slices", "h")),
         *((name, c_int64) for name in ("rows", "k", "stride_x", "stride_y", "adapters_per_row", "num_slots")),
         *(("num_slices", c_int64), ("dtype", c_int32), ("threads", c_int32)),
     ]
@@ -39,9 +39,10 @@ def library() -> ctypes.CDLL | str:
         return f"its library does not load: {error}"
     found.lora_isa_name.restype = ctypes.c_char_p
     found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_int32)
-    found.lora_batched.restype = None
     if found.lora_abi() != ABI:
-        return f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
+        return (
+            f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
+        )
     return found
 
 
@@ -67,6 +68,5 @@ def instruction_set() -> str:
 
 @functools.cache
 def batched():
-    """`run(batch)`: the batched kernel of the instruction set in use."""
-    function, index = library().lora_batched, list(instruction_sets()).index(instruction_set())
-    return lambda batch: function(batch, index)
+    """`run(batch, index)`: the batched kernel, and the index of the instruction set in use."""
+    return library().lora_batched, list(instruction_sets()).index(instruction_set())
