@@ -69,6 +69,6 @@ if MODE not in ("auto", "cpu", "none"):
     raise SystemExit(f"LORA_KERNELS_BUILD: got {MODE!r}, expected auto, cpu or none")
 builds = MODE == "cpu" or (MODE == "auto" and sys.platform == "linux" and Path("csrc").is_dir())
 setup(
-    ext_modules=[Extension("lora_kernels._cpu", list(SOURCES))] if builds else [],
+    ext_modules=[Extension("lora_kernels._cpu", list(SOURCES), optional=MODE == "auto")] if builds else [],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

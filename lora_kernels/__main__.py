@@ -87,7 +87,7 @@ def _info(*_):
     import torch
 
     from lora_kernels import __version__
-    from lora_kernels.backends import BACKENDS, triton
+    from lora_kernels.backends import BACKENDS, cpu_library, triton
     from lora_kernels.dispatch import Problem
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -107,6 +107,22 @@ def _info(*_):
     for name, backend in BACKENDS.items():
         reasons = backend.reasons_unsupported(problem)
         print(f"{name:<13} {'not usable here: ' + '; '.join(reasons) if reasons else 'usable'}")
+    if isinstance(reason := cpu_library.library(), str):
+        print(f"csrc          not usable here: {reason}")
+    else:
+        sets = (
+            name if there else f"{name} (not on this machine)" for name, there in cpu_library.instruction_sets().items()
+        )
+        print(f"csrc          batched inference on the CPU; built for {', '.join(sets)}; uses {_instruction_set()}")
+
+
+def _instruction_set():
+    from lora_kernels.backends import cpu_library
+
+    try:
+        return cpu_library.instruction_set()
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _version(package):

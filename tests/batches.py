@@ -1,15 +1,17 @@
 """Random batches in which every row has its own adapters, and the judge of their results."""
 
+import ctypes
 import math
 
 import torch
-from conftest import INTERPRETED
+from conftest import DEVICE, INTERPRETED
 
 from lora_kernels import BatchPlan, LayerAdapters, lora_linear_batched, reference, testing
-from lora_kernels.backends import BATCHED_BACKENDS
+from lora_kernels.backends import BATCHED_BACKENDS, cpu_library
 
 KERNELS = [("triton", strategy) for strategy in BATCHED_BACKENDS["triton"].STRATEGIES]
-CHOICES = [("eager", "looped"), *(KERNELS if INTERPRETED or torch.cuda.is_available() else [])]
+COMPILED = [("cpu", "chained")] if DEVICE == "cpu" and isinstance(cpu_library.library(), ctypes.CDLL) else []
+CHOICES = [("eager", "looped"), *COMPILED, *(KERNELS if INTERPRETED or torch.cuda.is_available() else [])]
 
 
 class Batch:

@@ -186,7 +186,7 @@ def test_strided_inputs(device, choice):
 @kernels_only
 @every_batch
 def test_splitting_the_batch_changes_no_bits(device, choice, shape):
-    """Except for `chained`, whose base layer is the library's."""
+    """Except for `chained`, whose base layer is PyTorch's."""
     batch = Batch(**shape, device=device)
     y = batch.run(choice)
     for rows in (slice(0, 1), slice(3, 20), slice(5, 12)):
@@ -221,7 +221,7 @@ def test_slots_that_are_not_there_count_as_base(device, choice):
     batch = Batch(device=device)
     plan = BatchPlan(torch.where(batch.slots == 1, 10**6, batch.slots).to(device))
     x, weight, bias = (t.to(device) for t in (batch.x, batch.weight, batch.bias))
-    y = BATCHED_BACKENDS["triton"].forward(x, weight, bias, (on(batch.adapters[0], device),), plan, choice[1]).cpu()
+    y = BATCHED_BACKENDS[choice[0]].forward(x, weight, bias, (on(batch.adapters[0], device),), plan, choice[1]).cpu()
     assert torch.equal(y, batch.run(choice, slots=torch.where(batch.slots == 1, -1, batch.slots)))
 
 

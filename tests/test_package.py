@@ -106,7 +106,7 @@ def _environment():
 def test_the_wheel_holds_every_module(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"
-    shutil.copytree(PACKAGE, source / "lora_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, source / "lora_kernels", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
