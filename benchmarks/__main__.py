@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [train] [host] [pool] [--full]`."""
+"""Run the benchmarks: `python -m benchmarks [train] [host] [pool] [cpu] [--full]`."""
 
 import argparse
 from importlib import import_module
@@ -6,11 +6,11 @@ from importlib import import_module
 from benchmarks.report import refuse_interpreter
 
 TIMED = ("train", "host")
-SIMULATED = ("pool",)
+ON_REQUEST = ("pool", "cpu")
 
 
 def main() -> None:
-    names = (*TIMED, *SIMULATED)
+    names = (*TIMED, *ON_REQUEST)
     parser = argparse.ArgumentParser(prog="python -m lora_kernels bench", description=__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(names)} (default: {' and '.join(TIMED)})"
