@@ -83,8 +83,8 @@ def lora_linear_batched(
               to N and equally many slots
     plan      the slots of each row; shared by all layers of the step
     bias      `[N]`, same dtype as x
-    backend   None (dispatch decides), "triton" or "eager"
-    strategy  None (dispatch decides), "one_launch", "extended" or "chained" (triton), "looped" (eager)
+    backend   None (dispatch decides), "triton", "cpu" or "eager"
+    strategy  None (dispatch decides), "one_launch", "extended" or "chained" (triton), "chained" (cpu), "looped" (eager)
 
     Returns `y [..., N]` in x's dtype, under autocast too. Of the other rows a row's bits depend on nothing but their
     number, which chooses strategy and tile. Nothing is read back from a GPU (except by the eager backend), so a CUDA graph

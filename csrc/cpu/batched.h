@@ -128,8 +128,8 @@ inline void shrink(const LoraBatch& p, int64_t thread, int64_t threads) {
 
 // terms [ROWS][kBlock] += h [ROWS][ranks] times b [ranks][columns].
 template <int ROWS, class T>
-__attribute__((noinline)) void expand_tile(float (*terms)[kBlock], const float* const* h, const T* b, int64_t stride, int64_t ranks,
-                        int64_t columns) {
+__attribute__((noinline)) void expand_tile(float (*terms)[kBlock], const float* const* h, const T* b, int64_t stride,
+                                           int64_t ranks, int64_t columns) {
   Vec sums[ROWS][kVectors];
   for (int m = 0; m < ROWS; ++m)
     for (int v = 0; v < kVectors; ++v) sums[m][v] = load(terms[m] + v * kLanes);
