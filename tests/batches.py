@@ -11,7 +11,7 @@ from lora_kernels.backends import BATCHED_BACKENDS, cpu_library
 
 KERNELS = [("triton", strategy) for strategy in BATCHED_BACKENDS["triton"].STRATEGIES]
 COMPILED = [("cpu", "chained")] if DEVICE == "cpu" and isinstance(cpu_library.library(), ctypes.CDLL) else []
-CHOICES = [("eager", "looped"), *COMPILED, *(KERNELS if INTERPRETED or torch.cuda.is_available() else [])]
+CHOICES = [("eager", "looped"), *(KERNELS if INTERPRETED or torch.cuda.is_available() else []), *COMPILED]
 
 
 class Batch:

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import contenders, host, report, timing, train
-from lora_kernels import testing
+from benchmarks import contenders, cpu, host, report, timing, train
+from lora_kernels import BatchPlan, testing
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +72,23 @@ def test_summary_keeps_the_samples():
         "quartiles_us": [1.5, 4.5],
         "samples_us": [4.0, 1.0, 2.0, 3.0, 5.0],
     }
+
+
+def test_cpu_records_every_contender_as_a_ratio(results, monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "SHAPES", (cpu.Shape(64), cpu.Shape(64, "float32", layers=2)))
+    run = cpu.run
+    monkeypatch.setattr(cpu, "run", lambda shape, repeats: run(shape, 3))
+    cpu.main()
+    rows = results("cpu")["rows"]
+    names = {"cpu / chained", "eager / looped", "gather and bmm", contenders.BASE}
+    assert names <= {row["contender"] for row in rows}
+    assert {row["median_ratio"] for row in rows if row["contender"] == contenders.BASE} == {1.0}
+    assert "Batched decoding" in capsys.readouterr().out
+
+
+def test_the_gathered_contender_computes_the_same():
+    x, (weight, adapters) = torch.randn(cpu.ROWS, 64), cpu._layer(64, torch.float32)
+    plan = BatchPlan(torch.arange(cpu.ROWS, dtype=torch.int32))
+    expected = cpu._ours(x, plan, "eager", "looped", weight, adapters)
+    torch.testing.assert_close(cpu._gathered(x, plan.slots, weight, adapters), expected)
+    torch.testing.assert_close(cpu._peft(x, weight, adapters)(), expected)
