@@ -63,7 +63,7 @@ def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) 
         x.shape[0], n, k, lora_a.shape[0], x.dtype, lora_a.dtype, dropout_p > 0.0,
         x.device.type, goal.capability, goal.num_sms, tma, x.dtype == torch.float32 and triton.tf32_allowed(),
     )  # fmt: skip
-    return choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy)
+    return choose(problem, _asked_for(backend, problem), strategy)
 
 
 def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> Plan:
@@ -74,7 +74,14 @@ def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> 
         x.shape[0], n, k, max(s.max_rank for s in adapters), x.dtype, x.dtype, False, x.device.type, goal.capability,
         goal.num_sms, triton.tma_applies(x, weight), x.dtype == torch.float32 and triton.tf32_allowed(), distinct,
     )  # fmt: skip
-    return choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy)
+    return choose(problem, _asked_for(backend, problem), strategy)
+
+
+def _asked_for(backend, problem):
+    """The backend by name; LORA_KERNELS_BACKEND may be one that only the other operation has, and then says nothing."""
+    wanted, other = (BATCHED_BACKENDS, BACKENDS) if problem.distinct else (BACKENDS, BATCHED_BACKENDS)
+    named = os.environ.get("LORA_KERNELS_BACKEND")
+    return backend or (None if named in other.keys() - wanted.keys() else named)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -204,7 +211,7 @@ def explain(
     with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a backend or strategy that
     cannot run the problem, and ValueError for fewer adapters than one, or dropout with adapters.
 
-    >>> print(explain(8192, 4096, 4096, 16).plan.strategy)
+    >>> print(explain(8192, 4096, 4096, 16, backend="triton").plan.strategy)
     extended
     """
     if adapters is not None and adapters < 1:
@@ -228,7 +235,7 @@ def explain(
     ]
     return Explanation(
         problem,
-        choose(problem, backend or os.environ.get("LORA_KERNELS_BACKEND"), strategy),
+        choose(problem, _asked_for(backend, problem), strategy),
         roofline.base_cost(m, n, k, dtype.itemsize, _ceilings(capability)),
         {s: modelled_cost(s, problem) for s in strategies},
         {s: module.strategy_reasons_unsupported(s, problem) for s in strategies},

@@ -177,7 +177,7 @@ def _run_batched(case, row, x, weight, bias):
     adapters = tuple(
         LayerAdapters(
             _empty(case.dtype, *rows, case.k),
-            _empty(case.dtype, *(rows + (width,) if case.packed else (slots, width, case.r))),
+            _empty(case.dtype, *((*rows, width) if case.packed else (slots, width, case.r))),
             *tables,
             *packing,
         )

@@ -101,6 +101,10 @@ def test_environment_overrides_and_argument_wins(monkeypatch):
     assert dispatch.plan_for(x, weight, lora_a, lora_b, 0.0, backend="eager").strategy == "chained"
     with pytest.raises(ValueError, match="nonsense"):
         dispatch.plan_for(x, weight, lora_a, lora_b, 0.0)
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "cpu")  # of batches alone
+    dispatch.plan_for(x, weight, lora_a, lora_b, 0.0)
+    with pytest.raises(ValueError, match="backend: got 'cpu'"):
+        dispatch.plan_for(x, weight, lora_a, lora_b, 0.0, backend="cpu")
 
 
 def test_environment_overrides_batches_and_explanations(monkeypatch):
