@@ -15,6 +15,7 @@ class BatchPlan:
 
     Building it launches a sort and a few small kernels, and reads nothing back. `update` writes a new step's slots into
     the same memory, so that a CUDA graph that was captured with this plan replays with them.
+    A plan made under `torch.inference_mode()` can be updated only there, as any tensor made there.
     A slot that the adapters do not have counts as -1; on the CPU it is refused when the plan is used.
     Raises TypeError or ValueError where slots is no int32, or weights no fp32 tensor of the shapes above.
 
