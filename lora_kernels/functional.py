@@ -155,9 +155,10 @@ def _check_batched(x, weight, adapters, plan, bias):
     learning = (x, weight, bias, *(t for s in adapters for t in (s.a, s.b)))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learning):
         raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
-    if plan.slots.device.type == "cpu" and not ops.must_trace(x) and rows:
-        if (last := int(plan.slots.max())) >= slots[0]:
-            raise ValueError(f"plan: got slot {last}, expected at most {slots[0] - 1}, the last of the adapters")
+    if plan.slots.device.type == "cpu" and not ops.must_trace(x) and plan.largest_slot >= slots[0]:
+        raise ValueError(
+            f"plan: got slot {plan.largest_slot}, expected at most {slots[0] - 1}, the last of the adapters"
+        )
 
 
 def draw_seed(device) -> Tensor:

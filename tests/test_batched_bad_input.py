@@ -133,3 +133,13 @@ def test_bad_input(name):
     action, error, message = BAD[name]
     with pytest.raises(error, match=message):
         action()
+
+
+def test_a_plan_is_judged_anew_after_an_update():
+    reused = BatchPlan(torch.zeros(40, dtype=torch.int32))
+    call(plan=reused)
+    reused.update(torch.full((40,), 5, dtype=torch.int32))
+    with pytest.raises(ValueError, match="slot 5, expected at most 4"):
+        call(plan=reused)
+    reused.update(torch.zeros(40, dtype=torch.int32))
+    call(plan=reused)

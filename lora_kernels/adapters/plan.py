@@ -1,5 +1,6 @@
 """Who uses which adapter in this batch, and where one layer's adapters lie: all on the device, nothing read back."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,6 @@ class BatchPlan:
         """A plan from another one's `parts`."""
         plan = object.__new__(cls)
         plan.slots, plan.weights, plan.order, plan.segment, plan.distinct = parts
-        plan._groups = None
         return plan
 
     @property
@@ -70,19 +70,23 @@ class BatchPlan:
         segment = torch.cumsum(starts, 0)
         self.segment.copy_(segment)
         self.distinct.fill_(-1).scatter_(0, segment, ascending)
-        self._groups = None
+        for read_back in ("groups", "largest_slot"):
+            self.__dict__.pop(read_back, None)
 
-    @property
+    @functools.cached_property
     def groups(self) -> list[tuple[int, int, Tensor]]:
         """`(j, slot, rows)`: the rows whose entry j is `slot`, -1 left out. Read back to the host, once a step."""
-        if self._groups is None:
-            self._groups = [
-                (j, slot, (column == slot).nonzero().squeeze(1))
-                for j, column in enumerate(self.slots.view(len(self), self.adapters_per_row).unbind(1))
-                for slot in column.unique().tolist()
-                if slot >= 0
-            ]
-        return self._groups
+        return [
+            (j, slot, (column == slot).nonzero().squeeze(1))
+            for j, column in enumerate(self.slots.view(len(self), self.adapters_per_row).unbind(1))
+            for slot in column.unique().tolist()
+            if slot >= 0
+        ]
+
+    @functools.cached_property
+    def largest_slot(self) -> int:
+        """-1 without rows. Read back to the host, once a step."""
+        return int(self.slots.max()) if len(self) else -1
 
     @property
     def adapters_per_row(self) -> int:
