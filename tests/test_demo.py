@@ -65,6 +65,8 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     for name in ("loss.png", "serving.png"):
         assert f"]({name})" in summary
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    samples = json.loads((tmp_path / "serving.json").read_text())
+    assert {len(each) for each in samples["by_distinct_adapters"]["ours"].values()} == {TRAFFIC.repeats}
     for name in ("docs", "code"):
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] == 4
 

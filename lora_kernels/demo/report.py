@@ -1,7 +1,11 @@
 """What the demo says, to the terminal and to summary.md."""
 
+import json
+import shutil
+import subprocess
 import time
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from lora_kernels import __version__
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -58,6 +64,19 @@ class Report:
         figure.savefig(self.path.with_name(name), dpi=120)
         pyplot.close(figure)
         self.page.append(f"\n![{caption}]({name})")
+
+    def samples(self, name, record):
+        """The figures behind a plot, as JSON beside summary.md, with what is needed to repeat them."""
+        head = ("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+        commit = subprocess.run(head, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        installed = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+        origin = {
+            "device": device_name(),
+            "versions": {"lora_kernels": __version__, **installed},
+            "commit": commit or None,
+        }
+        self.path.with_name(name).write_text(json.dumps(origin | record, indent=1) + "\n", encoding="utf-8")
+        self.say(f"Samples: {name}")
 
     def close(self) -> int:
         with self.phase("Time"):

@@ -114,6 +114,15 @@ def measure(report, model, adapters, traffic):
     report.table(("tokens/s, by distinct adapters", *map(str, counts)), table)
     ranks = ", ".join(str(read_adapter(directory)[0]["r"]) for directory in adapters.values())
     report.say(f"Medians of {traffic.repeats}, {traffic.batch} rows in {model.dtype}, context {CONTEXT}; ranks {ranks}")
+    rounded = {way: {count: [round(v, 1) for v in speeds[way, count]] for count in counts} for way in contest.ways}
+    what = {
+        "benchmark": "serving",
+        "unit": "tokens/s",
+        "rows": traffic.batch,
+        "dtype": str(model.dtype),
+        "context": CONTEXT,
+    }
+    report.samples("serving.json", what | {"ranks": ranks, "by_distinct_adapters": rounded})
     report.say(
         f"Ours is {contest.plan.backend.__name__.rpartition('.')[2]} / {contest.plan.strategy} ({contest.plan.why})"
     )
