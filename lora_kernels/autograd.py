@@ -4,6 +4,8 @@ import torch
 
 from lora_kernels import dispatch
 
+_any_autocast = torch._C._is_any_autocast_enabled
+
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy):
     """`y [M,N]` of the 2-D problem; differentiable in x, bias, lora_a and lora_b."""
@@ -63,7 +65,7 @@ def no_double_backward(ctx, *grads):
 
 def autocasts(x) -> bool:
     """Whether autocast applies to x; it leaves fp64 alone, as everywhere in PyTorch."""
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def bias_gradient(dy):

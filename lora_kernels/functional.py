@@ -100,16 +100,52 @@ def lora_linear_batched(
     True
     """
     adapters = (adapters,) if isinstance(adapters, LayerAdapters) else tuple(adapters)
-    _check_batched(x, weight, adapters, plan, bias)
-    rows = x.reshape(-1, x.shape[-1])
     if ops.must_trace(x) or autograd.autocasts(x):  # the operator keeps autocast out
+        _check_batched(x, weight, adapters, plan, bias)
+        _check_frozen(x, weight, adapters, bias)
         y = ops.lora_linear_batched(
-            rows, weight, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)), *plan.parts, backend, strategy
+            x.reshape(-1, x.shape[-1]), weight, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)),
+            *plan.parts, backend, strategy,
         )  # fmt: skip
-    else:
-        chosen = dispatch.batched_plan_for(rows, weight, adapters, plan, backend, strategy)
-        y = chosen.forward(rows, weight, bias, adapters, plan)
+        return y.view(*x.shape[:-1], weight.shape[0])
+    chosen = _checked_plan(x, weight, adapters, plan, bias, backend, strategy)
+    if x.dim() == 2:
+        return chosen.forward(x, weight, bias, adapters, plan)
+    y = chosen.forward(x.reshape(-1, x.shape[-1]), weight, bias, adapters, plan)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _checked_plan(x, weight, adapters, plan, bias, backend, strategy):
+    """Dispatch's plan for arguments that are in order.
+
+    Python that the base layer has swept out of the caches takes as long as a small layer's adapters. So a layer's adapters
+    remember the last call that was in order, and the next one that looks like it is neither checked nor dispatched again:
+    LORA_KERNELS_BACKEND counts when a layer first runs.
+    """
+    memory = adapters[0].memory if adapters and type(adapters[0]) is LayerAdapters else {}
+    call = (
+        _signature(x), _signature(weight), None if bias is None else _signature(bias), adapters,
+        plan.signature if type(plan) is BatchPlan else None, backend, strategy,
+        dispatch.uses_tf32(x.dtype),
+    )  # fmt: skip
+    known, chosen = memory.get("call", (None, None))
+    if call != known:
+        _check_batched(x, weight, adapters, plan, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        chosen = dispatch.batched_plan_for(rows, weight, adapters, plan, backend, strategy)
+        memory["call"] = call, chosen
+    _check_frozen(x, weight, adapters, bias)
+    slots = adapters[0].ranks.shape[0]
+    if plan.slots.is_cpu and plan.largest_slot >= slots:
+        raise ValueError(f"plan: got slot {plan.largest_slot}, expected at most {slots - 1}, the last of the adapters")
+    return chosen
+
+
+def _signature(tensor):
+    """All that checks and dispatch read of a plain tensor, except whether it learns; anything else equals nothing."""
+    if type(tensor) not in ops.PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
+        return object()
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg(), tensor.data_ptr() % 16
 
 
 def _check_batched(x, weight, adapters, plan, bias):
@@ -152,13 +188,13 @@ def _check_batched(x, weight, adapters, plan, bias):
     for name, tensor in (("weight", weight), *(("adapters", s.a) for s in adapters), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x (cast one; autocast does not apply)")
-    learning = (x, weight, bias, *(t for s in adapters for t in (s.a, s.b)))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learning):
-        raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
-    if plan.slots.device.type == "cpu" and not ops.must_trace(x) and plan.largest_slot >= slots[0]:
-        raise ValueError(
-            f"plan: got slot {plan.largest_slot}, expected at most {slots[0] - 1}, the last of the adapters"
-        )
+
+
+def _check_frozen(x, weight, adapters, bias):
+    if torch.is_grad_enabled():
+        learning = (x, weight, bias, *(t for s in adapters for t in (s.a, s.b)))
+        if any(t is not None and t.requires_grad for t in learning):
+            raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
 
 
 def draw_seed(device) -> Tensor:
