@@ -77,6 +77,11 @@ def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> 
     return choose(problem, _asked_for(backend, problem), strategy)
 
 
+def settings(dtype) -> tuple[str | None, bool]:
+    """What a choice for tensors of `dtype` depends on beside the call: the backend asked for, and tf32."""
+    return os.environ["LORA_KERNELS_BACKEND"] if "LORA_KERNELS_BACKEND" in os.environ else None, uses_tf32(dtype)
+
+
 def uses_tf32(dtype) -> bool:
     """Whether products of `dtype` may run on tensor cores in tf32."""
     return dtype == torch.float32 and triton.tf32_allowed()
