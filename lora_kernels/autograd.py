@@ -2,6 +2,8 @@
 
 import torch
 
+from lora_kernels.formats.scratch import dense
+
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -21,15 +23,17 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan):
         y, h = plan.forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
         _, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        ctx.quantized, base = (None, (weight,)) if isinstance(weight, torch.Tensor) else (weight, weight.state())
         ctx.save_for_backward(
-            x if needs_a else None, h if needs_b else None, weight, lora_a, lora_b, seed, bias if needs_bias else None
+            x if needs_a else None, h if needs_b else None, lora_a, lora_b, seed, bias if needs_bias else None, *base
         )
         ctx.scaling, ctx.dropout_p, ctx.plan = scaling, dropout_p, plan
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, h, weight, lora_a, lora_b, seed, bias = ctx.saved_tensors
+        x, h, lora_a, lora_b, seed, bias, *base = ctx.saved_tensors  # which raises where one has changed since
+        weight = ctx.quantized or base[0]
         needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         needs = (needs_x, needs_a, needs_b)
         with torch.no_grad():
@@ -38,6 +42,29 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             dx, dbias, da, db = OnceDifferentiable.apply(dx, dbias, da, db, dy, x, lora_a, lora_b)
         return dx, None, dbias, da, db, None, None, None, None
+
+
+class QuantizedLinearFunction(torch.autograd.Function):
+    """The base layer alone, `y [M,N] = x Wᵀ + bias`, for a quantised weight; its state is saved, not the dense values."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        ctx.save_for_backward(*weight.state(), *(() if bias is None else (bias,)))
+        with dense(weight, x.dtype) as w:
+            return torch.nn.functional.linear(x, w, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        *_, last = ctx.saved_tensors
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        dx = None
+        with torch.no_grad():
+            if needs_x:
+                with dense(ctx.weight, dy.dtype) as w:
+                    dx = dy.mm(w)
+            dbias = bias_gradient(dy).to(last.dtype) if needs_bias else None
+        return dx, None, dbias
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -10,6 +10,8 @@ import torch
 
 from lora_kernels import configs, roofline
 from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, triton, triton_batched
+from lora_kernels.backends.dequantized import Dequantized
+from lora_kernels.formats import QuantizedWeight, named
 
 logger = logging.getLogger("lora_kernels")
 
@@ -55,7 +57,10 @@ class Plan(NamedTuple):
 
 
 def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) -> Plan:
-    """The plan for tensors `x [M,K]`, `weight [N,K]`, `lora_a [R,K]`, `lora_b [N,R]`."""
+    """The plan for tensors `x [M,K]`, `weight [N,K]` (or a quantised one), `lora_a [R,K]`, `lora_b [N,R]`."""
+    if isinstance(weight, QuantizedWeight):
+        chosen = plan_for(x, weight.like(x.dtype), lora_a, lora_b, dropout_p, backend, strategy)
+        return _dequantizing(chosen, type(weight), x.device)
     n, k = weight.shape
     goal = triton.target(x.device)
     tma = triton.tma_applies(x, weight, lora_a, lora_b)
@@ -68,6 +73,9 @@ def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) 
 
 def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> Plan:
     """The plan for `x [M,K]`, `weight [N,K]` and the adapters of y's slices; only `forward` applies."""
+    if isinstance(weight, QuantizedWeight):
+        chosen = batched_plan_for(x, weight.like(x.dtype), adapters, plan, backend, strategy)
+        return _dequantizing(chosen, type(weight), x.device)
     (n, k), goal = weight.shape, triton.target(x.device)
     distinct = min(len(adapters[0].ranks), max(plan.slots.numel(), 1))
     problem = Problem(
@@ -75,6 +83,15 @@ def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> 
         goal.num_sms, triton.tma_applies(x, weight), uses_tf32(x.dtype), distinct,
     )  # fmt: skip
     return choose(problem, _asked_for(backend, problem), strategy)
+
+
+def _dequantizing(plan: Plan, kind: type[QuantizedWeight], device) -> Plan:
+    """`plan`, for the dense values of a weight in the format `kind`."""
+    if reasons := kind.reasons_unsupported(device):
+        raise NotImplementedError(f"weight: {kind.name} cannot run this problem: {', '.join(reasons)}")
+    how = f"{kind.name} is dequantised into a scratch, since no kernel does it in its K loop yet"
+    _say_once(how)
+    return Plan(Dequantized(plan.backend), plan.strategy, f"{plan.why}; {how}")
 
 
 def settings(dtype) -> tuple[str | None, bool]:
@@ -214,10 +231,12 @@ def explain(
     backend: str | None = None,
     strategy: str | None = None,
     adapters: int | None = None,
+    weight_format: str | None = None,
 ) -> Explanation:
     """Why this kernel: the choice for `x [m,k]`, `weight [n,k]`, rank r, on this GPU or on one of `capability` (90: H200).
 
-    With `adapters` it is `lora_linear_batched` that is explained, with as many of them in the batch. Without a GPU, and
+    With `adapters` it is `lora_linear_batched` that is explained, with as many of them in the batch; with `weight_format`
+    ("nf4", ...) the weight is a quantised one, and the figures are those of the kernel after it. Without a GPU, and
     with no capability given, sm_90 is explained. Nothing is run. Raises as `lora_linear` does for a backend or strategy that
     cannot run the problem, and ValueError for fewer adapters than one, or dropout with adapters.
 
@@ -243,9 +262,10 @@ def explain(
         for s in module.STRATEGIES
         if distinct or s == "chained" or configs.candidates(s, capability, dtype.itemsize, m, r)
     ]
+    chosen = choose(problem, _asked_for(backend, problem), strategy)
     return Explanation(
         problem,
-        choose(problem, _asked_for(backend, problem), strategy),
+        chosen if weight_format is None else _dequantizing(chosen, named(weight_format), torch.device("cuda")),
         roofline.base_cost(m, n, k, dtype.itemsize, _ceilings(capability)),
         {s: modelled_cost(s, problem) for s in strategies},
         {s: module.strategy_reasons_unsupported(s, problem) for s in strategies},

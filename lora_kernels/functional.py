@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_kernels import autograd, dispatch, ops
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
+from lora_kernels.formats import QuantizedWeight
 
 MAX_RANK = 512
 REMEMBERED = 4096
@@ -16,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float | Tensor,
@@ -29,7 +30,8 @@ def lora_linear(
     """A linear layer and its LoRA update as one differentiable operation: `y = x Wᵀ + bias + scaling (drop(x) Aᵀ) Bᵀ`.
 
     x         `[..., K]`, fp16, bf16, fp32 or fp64; any strides
-    weight    `[N, K]`, as in `nn.Linear`; same dtype as x; frozen (it must not require grad)
+    weight    `[N, K]`, as in `nn.Linear`; same dtype as x; frozen (it must not require grad); or a `QuantizedWeight` of
+              `lora_kernels.formats`, which is dequantised to x's dtype, and not under torch.compile
     lora_a    `[R, K]` with 1 ≤ R ≤ 512; same dtype as x, or fp32 (then its gradient is fp32)
     lora_b    `[N, R]`, same dtype as lora_a
     scaling   finite and ≥ 0: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA; a float, or a 0-d tensor, which is not
@@ -62,7 +64,8 @@ def lora_linear(
     _check_values(x, weight, scaling, dropout_p)
     if autocasts:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if traced:
@@ -79,7 +82,7 @@ def lora_linear(
 
 def lora_linear_batched(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     adapters: LayerAdapters | Sequence[LayerAdapters],
     plan: BatchPlan,
     *,
@@ -90,7 +93,7 @@ def lora_linear_batched(
     """A linear layer in which every row has its own adapters, or none: inference for many tenants in one batch.
 
     x         `[..., K]`; its rows, in order, are those of the plan
-    weight    `[N, K]`, same dtype as x
+    weight    `[N, K]`, same dtype as x; or a `QuantizedWeight`, which is dequantised to it, and not under torch.compile
     adapters  one layer's: `a [slots, R_max, K]`, `b [slots, N, R_max]` (x's dtype), ranks up to 512, scalings; or several
               layers', whose weights are stacked in `weight`: those of q, k and v, or gate and up, with widths that add up
               to N and equally many slots
@@ -113,7 +116,11 @@ def lora_linear_batched(
     True
     """
     adapters = (adapters,) if isinstance(adapters, LayerAdapters) else tuple(adapters)
-    if ops.must_trace(x) or autograd.autocasts(x):  # the operator keeps autocast out
+    traced, autocasts = ops.must_trace(x), autograd.autocasts(x)
+    if autocasts and not traced and isinstance(weight, QuantizedWeight):
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear_batched(x, weight, adapters, plan, bias=bias, backend=backend, strategy=strategy)
+    if traced or autocasts:  # the operator keeps autocast out
         _check_batched(x, weight, adapters, plan, bias)
         _check_frozen(x, weight, adapters, bias)
         y = ops.lora_linear_batched(
@@ -125,6 +132,16 @@ def lora_linear_batched(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = chosen.forward(rows, weight, bias, adapters, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """`F.linear` for a quantised weight, autocast and gradients of x and bias included; as a merged layer needs it."""
+    _check_quantized(weight, x)
+    if autograd.autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    y = autograd.QuantizedLinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _checked_plan(x, weight, adapters, plan, bias, backend, strategy):
@@ -162,9 +179,12 @@ def _remember(call, chosen):
 
 
 def _signature(tensor):
-    """All that checks and dispatch read of a plain tensor, except whether it learns; anything else equals nothing."""
+    """All that checks and dispatch read of a plain tensor, except whether it learns; anything else equals nothing.
+
+    A quantised weight has a signature of its own.
+    """
     if type(tensor) not in ops.PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
-        return object()
+        return tensor.signature if isinstance(tensor, QuantizedWeight) else object()
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg(), tensor.data_ptr() % 16
 
 
@@ -206,7 +226,7 @@ def _check_batched(x, weight, adapters, plan, bias):
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     for name, tensor in (("weight", weight), *(("adapters", s.a) for s in adapters), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
+        if isinstance(tensor, Tensor) and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x (cast one; autocast does not apply)")
 
 
@@ -250,6 +270,9 @@ def _check_values(x, weight, scaling, dropout_p):
 def _check_tensors(tensors):
     device = getattr(tensors["x"], "device", None)
     for name, tensor in tensors.items():
+        if name == "weight" and isinstance(tensor, QuantizedWeight):
+            _check_quantized(tensor, tensors["x"])
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.layout != torch.strided or tensor.is_nested:
@@ -261,6 +284,16 @@ def _check_tensors(tensors):
             raise ValueError(f"{name}: got a meta tensor, expected one with data (materialise the model first)")
         if tensor.device != device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {device}, as x")
+
+
+def _check_quantized(weight, x):
+    if isinstance(x, Tensor) and ops.must_trace(x):
+        raise NotImplementedError(
+            f"weight: a quantised one ({weight.name}) has no operator yet for torch.compile, export, fake tensors, tensor "
+            "subclasses or selective checkpointing; keep the layer out of them"
+        )
+    if isinstance(x, Tensor) and weight.device != x.device:
+        raise ValueError(f"weight: got device {weight.device}, expected {x.device}, as x")
 
 
 def _check_shapes(x, weight, lora_a, lora_b, bias):
@@ -287,7 +320,7 @@ def _check_dtypes(x, weight, lora_a, lora_b, bias):
         raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     autocast = autograd.autocasts(x)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype and not (autocast and tensor.dtype in DTYPES):
+        if isinstance(tensor, Tensor) and tensor.dtype != x.dtype and not (autocast and tensor.dtype in DTYPES):
             raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x (cast one, or use torch.autocast)")
     if lora_a.dtype != x.dtype and lora_a.dtype != torch.float32 and not (autocast and lora_a.dtype in DTYPES):
         raise TypeError(f"lora_a: got {lora_a.dtype}, expected {x.dtype}, as x, or torch.float32")

@@ -3,19 +3,32 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import functional
+from lora_kernels import formats, functional
+from lora_kernels.formats import QuantizedWeight
+
+
+class MergeError(NamedTuple):
+    """How far a requantised merged weight is from `weight + scaling B A`, as an RMS.
+
+    relative_to_weight  over the RMS of the exact merged weight
+    relative_to_update  over the RMS of `scaling B A`: at 1 and above the adapter drowns in it
+    """
+
+    relative_to_weight: float
+    relative_to_update: float
 
 
 class LoRALinear(nn.Module):
     """A frozen `nn.Linear` and its LoRA update in one operation: `y = x Wᵀ + bias + scaling (drop(x) Aᵀ) Bᵀ`.
 
-    weight, bias    `[out_features, in_features]` and `[out_features]`, frozen; `bias.requires_grad_()` trains the bias
+    weight, bias    `[out_features, in_features]` and `[out_features]`, frozen; `bias.requires_grad_()` trains the bias;
+                    weight may be a `QuantizedWeight` (lora_kernels/formats), which x's dtype need not agree with
     lora_A, lora_B  `nn.Linear` without bias: weights `[r, in_features]` (Kaiming-uniform), `[out_features, r]` (zero)
     lora_alpha      `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`
     lora_dropout    in [0, 1), on the adapter's input, in training mode only
@@ -57,19 +70,38 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         lora_dtype: torch.dtype | None = None,
+        quantize: str | Callable[[Tensor], QuantizedWeight] | None = None,
     ) -> "LoRALinear":
-        """The layer over `linear`'s own parameters: shared, not copied, and frozen from now on."""
-        _check_linear("linear", linear)
+        """The layer over `linear`'s own parameters: shared, not copied, and frozen from now on.
+
+        linear    an `nn.Linear`, or a layer quantised by bitsandbytes, torchao or transformers that a format can hold
+        quantize  None keeps the weight; "nf4", or another format's name, or a function such as
+                  `functools.partial(NF4Weight.quantize, double_quant=True)` quantises that of a plain `nn.Linear`
+
+        Raises TypeError or ValueError for another layer, or one that is quantised already where `quantize` is given.
+
+        >>> layer = LoRALinear.from_linear(nn.Linear(64, 32), r=8, quantize="nf4")
+        >>> layer.weight.nbytes, layer(torch.randn(2, 64)).shape
+        (1152, torch.Size([2, 32]))
+        """
+        quantized = formats.from_linear(linear) if isinstance(linear, nn.Module) else None
+        if quantized is None:
+            _check_linear("linear", linear)
+        if quantize is not None:
+            if quantized is not None:
+                raise ValueError(f"quantize: got {quantize!r}, expected None, since linear is in {quantized.name} already")
+            make = formats.named(quantize).quantize if isinstance(quantize, str) else quantize
+            quantized = make(linear.weight)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+        layer._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, quantized)
         return layer.train(linear.training)
 
-    def _adopt(self, linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype):
+    def _adopt(self, linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, quantized=None):
         check_adapter(r, lora_alpha, lora_dropout)
         self.in_features, self.out_features, self.r = linear.in_features, linear.out_features, r
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
-        self.weight = linear.weight
+        self.weight = linear.weight if quantized is None else quantized
         self.register_parameter("bias", linear.bias)
         for parameter in linear.parameters():
             parameter.requires_grad_(False)
@@ -90,7 +122,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
-            return nn.functional.linear(x, self.merged_weight, self.bias)
+            linear = nn.functional.linear if isinstance(self.merged_weight, Tensor) else functional.quantized_linear
+            return linear(x, self.merged_weight, self.bias)
         return functional.lora_linear(
             x,
             self.weight,
@@ -102,8 +135,11 @@ class LoRALinear(nn.Module):
         )
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self) -> MergeError | None:
         """Run the plain base layer on `weight + scaling B A`, computed in fp32 (or better) and rounded once.
+
+        A quantised weight is dequantised, added to and quantised again in the same format, which loses much more than a
+        rounding; what it loses is returned. None for a dense weight.
 
         `weight` itself stays as it is, so that unmerging is exact and a tied weight is not changed elsewhere; this
         costs the memory of one more weight while merged. A merged adapter gets no gradients.
@@ -111,6 +147,8 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("merge: the adapter is merged already; call unmerge() first to merge its present values")
+        if isinstance(self.weight, QuantizedWeight):
+            return self._merge_quantized()
         storage = self.weight.untyped_storage().data_ptr()
         for name, parameter in (("lora_A", self.lora_A.weight), ("lora_B", self.lora_B.weight)):
             if parameter.untyped_storage().data_ptr() == storage:
@@ -124,6 +162,17 @@ class LoRALinear(nn.Module):
                 "Look for them in weight, lora_A.weight and lora_B.weight"
             )
         self.merged_weight = merged
+        return None
+
+    def _merge_quantized(self):
+        weight = self.weight.dequantize(torch.float32)
+        update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        merged = self.weight.requantize((weight + update).to(self.weight.dtype))
+        for name, tensor in merged.named_buffers():
+            merged.register_buffer(name, tensor, persistent=False)  # the state dict holds the weight it came from
+        lost, exact = merged.dequantize(torch.float32) - weight - update, weight + update
+        self.merged_weight = merged
+        return MergeError(*(float(_rms(lost) / _rms(t)) if t.any() else 0.0 for t in (exact, update)))
 
     def unmerge(self) -> None:
         """Run base and adapter again, on the very bits from before `merge`. Raises RuntimeError if not merged."""
@@ -244,6 +293,10 @@ def check_adapter(r, lora_alpha, lora_dropout) -> None:
         raise ValueError(f"lora_alpha: got {lora_alpha}, expected a finite number >= 0")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: got {lora_dropout}, expected a number in [0, 1)")
+
+
+def _rms(t):
+    return t.square().mean().sqrt()
 
 
 def _check_linear(name, module):

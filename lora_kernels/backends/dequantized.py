@@ -1,0 +1,18 @@
+"""Any backend, run on a quantised weight's dense values, which last as long as the call."""
+
+from lora_kernels.formats.scratch import dense
+
+
+class Dequantized:
+    """`backend` for a `QuantizedWeight`: the weight is dequantised into the shared scratch, in x's dtype."""
+
+    def __init__(self, backend):
+        self.backend, self.__name__ = backend, backend.__name__
+
+    def forward(self, x, weight, *rest):
+        with dense(weight, x.dtype) as w:
+            return self.backend.forward(x, w, *rest)
+
+    def backward(self, dy, x, h, weight, *rest):
+        with dense(weight, dy.dtype) as w:
+            return self.backend.backward(dy, x, h, w, *rest)

@@ -1,0 +1,91 @@
+"""fp8: e4m3 values, and an fp32 scale for the tensor, each row, or each block of 128 x 128."""
+
+import torch
+from torch import nn
+
+from lora_kernels.formats.base import QuantizedWeight, cdiv, check_shape, check_tensor, safe_scale
+
+E4M3_MAX = 448.0
+SCALINGS = ("tensor", "row", "block")
+
+
+class FP8Weight(QuantizedWeight):
+    """`w[n, k] = data[n, k] * scale[n // block[0], k // block[1]]`, multiplied in fp32.
+
+    data   float8_e4m3fn `[N, K]`
+    scale  fp32 `[ceil(N / block[0]), ceil(K / block[1])]`
+    block  (N, K) is one scale for the tensor, (1, K) one for each row, (128, 128) what published checkpoints have
+    dtype  of the weight before
+
+    A scale multiplies; checkpoints call it `weight_scale_inv` all the same.
+
+    >>> weight = FP8Weight.quantize(torch.tensor([[1.0, -3.5], [0.1, 7.0]]), scaling="row")
+    >>> weight.scale.flatten().tolist(), weight.data.float().tolist()
+    ([0.0078125, 0.015625], [[128.0, -448.0], [6.5, 448.0]])
+    """
+
+    name = "fp8"
+    VARIANTS = ({"scaling": "tensor"}, {"scaling": "row"}, {"scaling": "block"})
+
+    def __init__(self, data, scale, block, dtype=torch.bfloat16):
+        shape = check_shape(getattr(data, "shape", ()))
+        check_tensor("data", data, (torch.float8_e4m3fn,), shape)
+        if len(block) != 2 or not all(isinstance(extent, int) and extent >= 1 for extent in block):
+            raise ValueError(f"block: got {block}, expected two positive ints")
+        check_tensor("scale", scale, (torch.float32,), tuple(map(cdiv, shape, block)))
+        super().__init__(shape, dtype, data=data, scale=scale)
+        self.block = tuple(block)
+
+    @property
+    def options(self):
+        return {"block": self.block}
+
+    def _rows(self, start, stop):
+        first = start // self.block[0]
+        scale = self.scale[first : cdiv(stop, self.block[0])]
+        if self.block[0] > 1:
+            offset = start - first * self.block[0]
+            scale = scale.repeat_interleave(self.block[0], 0)[offset : offset + stop - start]
+        if scale.shape[1] > 1:
+            scale = scale.repeat_interleave(self.block[1], 1)[:, : self.shape[1]]
+        return self.data[start:stop].float() * scale
+
+    @classmethod
+    def _quantize(cls, values, dtype, scaling="row", block=None):
+        if scaling not in SCALINGS:
+            raise ValueError(f"scaling: got {scaling!r}, expected one of {', '.join(SCALINGS)}")
+        n, k = values.shape
+        rows, cols = block or {"tensor": (n, k), "row": (1, k), "block": (128, 128)}[scaling]
+        padded = nn.functional.pad(values, (0, -k % cols, 0, -n % rows))
+        blocks = padded.view(cdiv(n, rows), rows, cdiv(k, cols), cols)
+        scale = safe_scale(blocks.abs().amax((1, 3)) / E4M3_MAX)
+        data = (blocks / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX).view(padded.shape)[:n, :k]
+        return cls(data.contiguous().to(torch.float8_e4m3fn), scale, (rows, cols), dtype)
+
+    @classmethod
+    def from_checkpoint(cls, weight, weight_scale_inv, block_size=(128, 128), dtype=torch.bfloat16) -> "FP8Weight":
+        """The `weight [N, K]` and `weight_scale_inv` of an fp8 checkpoint, sharing the codes.
+
+        block_size  of the scales; None is one scale for the tensor, or one for each row, as their shape says
+        """
+        n, k = check_shape(getattr(weight, "shape", ()))
+        scale = weight_scale_inv.detach().float()
+        if block_size is None:
+            block_size = (n, k) if scale.numel() == 1 else (1, k)
+            scale = scale.reshape(1 if scale.numel() == 1 else -1, 1)
+        return cls(weight.detach(), scale, tuple(block_size), dtype)
+
+    @classmethod
+    def from_torchao(cls, weight) -> "FP8Weight":
+        """torchao's float8 tensor, sharing its codes."""
+        scale = weight.scale.float().reshape(tuple(map(cdiv, weight.qdata.shape, weight.block_size)))
+        return cls(weight.qdata, scale, tuple(weight.block_size), weight.dtype)
+
+    @classmethod
+    def from_linear(cls, linear):
+        weight = getattr(linear, "weight", None)
+        if hasattr(linear, "weight_scale_inv") and weight.dtype == torch.float8_e4m3fn:
+            return cls.from_checkpoint(weight, linear.weight_scale_inv, linear.block_size)
+        if getattr(getattr(weight, "qdata", None), "dtype", None) == torch.float8_e4m3fn:
+            return cls.from_torchao(weight)
+        return None
