@@ -196,7 +196,7 @@ def _check_batched(x, weight, adapters, plan, bias):
         raise ValueError("adapters: got none, expected a LayerAdapters, or one for each slice of y's columns")
     tensors = {"x": x, "weight": weight, "plan.slots": plan.slots} | ({} if bias is None else {"bias": bias})
     _check_tensors(tensors | {f"adapters[{i}].a": s.a for i, s in enumerate(adapters)})
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
+    if len(weight.shape) != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"x: got shape {list(x.shape)}, expected [..., K] for weight [N, K], which is {list(weight.shape)}; N, K >= 1"
         )
@@ -299,7 +299,7 @@ def _check_quantized(weight, x):
 def _check_shapes(x, weight, lora_a, lora_b, bias):
     if x.dim() < 1:
         raise ValueError("x: got a 0-d tensor, expected [..., K]")
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
+    if len(weight.shape) != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
         raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K] with N, K >= 1")
     n, k = weight.shape
     if x.shape[-1] != k:

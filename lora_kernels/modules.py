@@ -17,7 +17,7 @@ class MergeError(NamedTuple):
     """How far a requantised merged weight is from `weight + scaling B A`, as an RMS.
 
     relative_to_weight  over the RMS of the exact merged weight
-    relative_to_update  over the RMS of `scaling B A`: at 1 and above the adapter drowns in it
+    relative_to_update  over the RMS of `scaling B A`: at 1 and above the adapter drowns in it; Inf or NaN where that is 0
     """
 
     relative_to_weight: float
@@ -89,7 +89,9 @@ class LoRALinear(nn.Module):
             _check_linear("linear", linear)
         if quantize is not None:
             if quantized is not None:
-                raise ValueError(f"quantize: got {quantize!r}, expected None, since linear is in {quantized.name} already")
+                raise ValueError(
+                    f"quantize: got {quantize!r}, expected None, since linear is in {quantized.name} already"
+                )
             make = formats.named(quantize).quantize if isinstance(quantize, str) else quantize
             quantized = make(linear.weight)
         layer = cls.__new__(cls)
@@ -156,23 +158,20 @@ class LoRALinear(nn.Module):
         compute = torch.promote_types(self.weight.dtype, torch.float32)
         weight, a, b = (tensor.to(compute) for tensor in (self.weight, self.lora_A.weight, self.lora_B.weight))
         merged = torch.addmm(weight, b, a, alpha=self.scaling).to(self.weight.dtype)
-        if not merged.isfinite().all():
-            raise ValueError(
-                f"merge: weight + scaling B A holds NaN or Inf in {merged.dtype}; nothing was changed. "
-                "Look for them in weight, lora_A.weight and lora_B.weight"
-            )
+        _check_finite(merged)
         self.merged_weight = merged
         return None
 
     def _merge_quantized(self):
-        weight = self.weight.dequantize(torch.float32)
         update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
-        merged = self.weight.requantize((weight + update).to(self.weight.dtype))
+        exact = self.weight.dequantize(torch.float32).add_(update)
+        _check_finite(exact)
+        merged = self.weight.requantize(exact)
         for name, tensor in merged.named_buffers():
             merged.register_buffer(name, tensor, persistent=False)  # the state dict holds the weight it came from
-        lost, exact = merged.dequantize(torch.float32) - weight - update, weight + update
+        lost = _rms(merged.dequantize(torch.float32).sub_(exact))
         self.merged_weight = merged
-        return MergeError(*(float(_rms(lost) / _rms(t)) if t.any() else 0.0 for t in (exact, update)))
+        return MergeError(float(lost / _rms(exact)), float(lost / _rms(update)))
 
     def unmerge(self) -> None:
         """Run base and adapter again, on the very bits from before `merge`. Raises RuntimeError if not merged."""
@@ -244,6 +243,7 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())
+    total += sum(module.shape.numel() for module in model.modules() if isinstance(module, QuantizedWeight))
     return TrainableParameters(parameters, sum(parameter.numel() for parameter in parameters), total)
 
 
@@ -295,14 +295,29 @@ def check_adapter(r, lora_alpha, lora_dropout) -> None:
         raise ValueError(f"lora_dropout: got {lora_dropout}, expected a number in [0, 1)")
 
 
+def _check_finite(merged):
+    if not merged.isfinite().all():
+        raise ValueError(
+            f"merge: weight + scaling B A holds NaN or Inf in {merged.dtype}; nothing was changed. "
+            "Look for them in weight, lora_A.weight and lora_B.weight"
+        )
+
+
 def _rms(t):
     return t.square().mean().sqrt()
 
 
 def _check_linear(name, module):
-    # A subclass has its own forward or weight: a quantised layer, or one whose owner reads the weight directly.
-    if type(module) is not nn.Linear:
-        raise TypeError(f"{name}: got {type(module).__name__}, expected an nn.Linear (not a subclass)")
+    if not _is_linear(module):
+        raise TypeError(
+            f"{name}: got {type(module).__name__}, expected an nn.Linear (not a subclass), or a quantised layer in one of "
+            f"{', '.join(formats.FORMATS)}"
+        )
+
+
+def _is_linear(module):
+    # Another subclass has its own forward or weight: say, one whose owner reads the weight directly.
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and formats.from_linear(module) is not None)
 
 
 def _modules(model) -> dict[str, nn.Module]:
@@ -316,7 +331,7 @@ def _find_targets(model, target_modules) -> list[nn.Linear]:
     modules = _modules(model)
     if target_modules == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        found = {name for name, module in modules.items() if type(module) is nn.Linear and module is not head}
+        found = {name for name, module in modules.items() if module is not head and _is_linear(module)}
         missing = [] if found else ["all-linear"]
     elif isinstance(target_modules, str):
         found = {name for name in modules if re.fullmatch(target_modules, name)}

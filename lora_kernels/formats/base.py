@@ -79,7 +79,9 @@ class QuantizedWeight(nn.Module):
 
     def requantize(self, weight: Tensor) -> "QuantizedWeight":
         """Another dense `weight [N, K]`, quantised as this one is."""
-        return self.quantize(weight, **self.options)
+        again = self.quantize(weight, **self.options)
+        again.dtype = self.dtype
+        return again
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
@@ -132,7 +134,9 @@ class QuantizedWeight(nn.Module):
         for name, buffer in self._buffers.items():  # copying would cast without a word
             loaded = state_dict.get(prefix + name)
             if buffer is not None and loaded is not None and loaded.dtype != buffer.dtype:
-                errors.append(f"{prefix}{name}: got {loaded.dtype}, expected {buffer.dtype}, as {self.name} has it here.")
+                errors.append(
+                    f"{prefix}{name}: got {loaded.dtype}, expected {buffer.dtype}, as {self.name} has it here."
+                )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 

@@ -47,7 +47,9 @@ class Int4Weight(QuantizedWeight):
 
     def _rows(self, start, stop):
         k = self.shape[1]
-        scale, zero = (t[start:stop].float().repeat_interleave(self.group_size, 1)[:, :k] for t in (self.scale, self.zero))
+        scale, zero = (
+            t[start:stop].float().repeat_interleave(self.group_size, 1)[:, :k] for t in (self.scale, self.zero)
+        )
         return unpack(self.packed[start:stop])[:, :k].sub(zero).mul_(scale)
 
     @classmethod

@@ -106,6 +106,8 @@ class NF4Weight(QuantizedWeight):
         if not double_quant:
             return cls(packed, absmax, shape, blocksize, dtype)
         offset, code = absmax.mean(), _dynamic_code(values.device)
+        if not offset.isfinite():  # their sum is not, their mean is
+            offset = absmax.double().mean().float()
         scaled, nested_absmax = _scaled_blocks(absmax - offset, NESTED_BLOCKSIZE)
         absmax = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True)[: len(absmax)].to(torch.uint8)
         return cls(packed, absmax, shape, blocksize, dtype, Nested(nested_absmax, code, offset))
@@ -136,7 +138,9 @@ class NF4Weight(QuantizedWeight):
             raise ValueError("weight: got a quant_state.code that is not nf4's table")
         elif state.nested:
             if state.state2.blocksize != NESTED_BLOCKSIZE:
-                raise ValueError(f"weight: got absmax in blocks of {state.state2.blocksize}, expected {NESTED_BLOCKSIZE}")
+                raise ValueError(
+                    f"weight: got absmax in blocks of {state.state2.blocksize}, expected {NESTED_BLOCKSIZE}"
+                )
             nested = Nested(state.state2.absmax, state.state2.code, state.offset)
         return cls(packed.flatten(), absmax, shape, state.blocksize, dtype, nested)
 
