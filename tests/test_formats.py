@@ -11,7 +11,16 @@ import torch
 from conftest import DEVICE
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import BatchPlan, LayerAdapters, LoRALinear, formats, lora_linear, lora_linear_batched, testing
+from lora_kernels import (
+    BatchPlan,
+    LayerAdapters,
+    LoRALinear,
+    explain,
+    formats,
+    lora_linear,
+    lora_linear_batched,
+    testing,
+)
 from lora_kernels import trainable_parameters as count_parameters
 from lora_kernels.formats import base
 
@@ -267,6 +276,23 @@ def test_compile_says_what_is_missing(weight):
     compiled = torch.compile(lambda x: lora_linear(x, weight, a, b, 1.0), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="has no operator yet for torch.compile"):
         compiled(x)
+
+
+def test_explain_says_what_becomes_of_it(weight):
+    plan = explain(64, N, K, R, weight_format=weight.name).plan
+    assert plan.why.endswith(f"{weight.name} is dequantised into a scratch, since no kernel does it in its K loop yet")
+    assert plan.strategy == explain(64, N, K, R).plan.strategy
+    assert weight.name in str(explain(64, N, K, R, weight_format=weight.name))
+    with pytest.raises(ValueError, match="format: got 'nf5', expected one of"):
+        explain(64, N, K, R, weight_format="nf5")
+
+
+def test_a_device_that_a_format_does_not_know_is_refused(weight, monkeypatch):
+    monkeypatch.setattr(type(weight), "reasons_unsupported", lambda device: [f"x is on {device}"])
+    with pytest.raises(NotImplementedError, match=f"weight: {weight.name} cannot run this problem: x is on {DEVICE}"):
+        lora_linear(**problem(leading=(11,)), weight=weight, scaling=1.0, backend="eager")
+    monkeypatch.undo()
+    assert weight.reasons_unsupported(torch.device("mps")) == ["x is on mps, expected cpu or cuda"]
 
 
 # The module.
