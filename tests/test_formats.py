@@ -241,6 +241,7 @@ def test_all_layers_share_one_scratch():
     small_t = t | {"lora_b": random(8, R), "bias": None}
     with torch.inference_mode():  # a scratch made here serves training too
         lora_linear(**small_t, weight=small, scaling=1.0)
+    lora_linear(**small_t, weight=small, scaling=1.0)
     assert formats.scratch_bytes() == 8 * K * 4
     y = lora_linear(**t, weight=large, scaling=1.0)
     lora_linear(**small_t, weight=small, scaling=1.0)  # writes over the large one
