@@ -20,8 +20,6 @@ constexpr int kStep = 32 * kWarps;  // of K, which the warps share out
 constexpr int kGemmStages = 4, kShrinkStages = 10, kExpandStages = 6;
 constexpr int kMaxParts = 8;
 
-constexpr int ring_bytes(int stages, int chunks) { return stages * chunks * kThreads * int(sizeof(Chunk)); }
-
 struct Adapter {
   int64_t first_row;
   int32_t slot, rank;
@@ -32,16 +30,21 @@ struct Adapter {
 template <int kHalves>
 struct Shared {
   static constexpr int kRows = 8 * kHalves;
-  static constexpr int kPlane = kRows * kRanks;                              // of h, in floats
+  static constexpr int kPlane = kRows * kRanks;                                     // of h, in floats
   static constexpr int kMaxStage = kColumns * kRanks * 2 + kMaxParts * kPlane * 4;  // an adapter's b and h, in bytes
 
-  Chunk ring[kGemmStages * (kColumns / 8 + kHalves) * kThreads];
-  Adapter adapters[kThreads];
+  union {
+    Chunk ring[kGemmStages * (kColumns / 8 + kHalves) * kThreads];
+    float sums[kWarps * kColumns * kRows];
+    struct {
+      Adapter adapters[kThreads];
+      char stages[kExpandStages * kMaxStage];
+    };
+  };
   int32_t mine[kThreads];
 
-  static_assert(ring_bytes(kShrinkStages, kRanks / 8 + kHalves) <= sizeof(ring), "");
-  static_assert(kExpandStages * kMaxStage <= sizeof(ring), "");
-  static_assert(kWarps * kColumns * kRows * sizeof(float) <= sizeof(ring), "");
+  static_assert(kShrinkStages * (kRanks / 8 + kHalves) * kThreads * sizeof(Chunk) <= sizeof(ring), "");
+  static_assert(sizeof(ring) + sizeof(mine) <= 164 * 1024 / 2 - 1024, "two blocks on an SM of sm_80");
 };
 
 struct Columns {  // of y, in one tile
@@ -132,6 +135,7 @@ DEVICE void stream(float (&sums)[kGroups][kHalves][4], const LoraDecode& p, Matr
     copy_commit();
   };
   for (int i = 0; i < kStages - 1; ++i) fetch();
+#pragma unroll 1
   for (int i = 0, here = 0; i < count; ++i, here = here + 1 < kStages ? here + 1 : 0) {
     fetch();
     copy_wait<kStages - 1>();
@@ -212,7 +216,6 @@ DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
   }
 
   const int stage_bytes = kColumns * kRanks * 2 + p.parts * kPlane * 4;
-  char* ring = reinterpret_cast<char*>(shared.ring);
   const int count = p.segment[entries - 1] + 1;
   for (int base = 0; base < count; base += kThreads) {
     barrier();  // what is overwritten now has been read
@@ -232,7 +235,7 @@ DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
     auto fetch = [&] {
       if (ahead.adapter < kThreads) {
         const Adapter adapter = shared.adapters[ahead.adapter];
-        Chunk* to = reinterpret_cast<Chunk*>(ring + filled * stage_bytes) + thread();
+        Chunk* to = reinterpret_cast<Chunk*>(shared.stages + filled * stage_bytes) + thread();
         const int n = rank_major ? thread() % 8 * 8 : thread() / 2;
         const int r = ahead.r + (rank_major ? thread() / 8 : thread() % 2 * 8);
         const T* from = b + adapter.first_row * slice.width + (at.in_slice + n) * slice.stride_bn + r * slice.stride_br;
@@ -255,7 +258,7 @@ DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
       barrier();  // this stage is there for all, and the one before it has been read
       fetch();
       const Adapter adapter = shared.adapters[here.adapter];
-      const bf16* tile_b = reinterpret_cast<const bf16*>(ring + stage * stage_bytes);
+      const bf16* tile_b = reinterpret_cast<const bf16*>(shared.stages + stage * stage_bytes);
       uint32_t left[4];
       if (rank_major)
         load_matrices<true>(left, tile_b + (lane / 16 * 8 + lane % 8) * kColumns + 16 * warp + lane / 8 % 2 * 8);
@@ -309,10 +312,9 @@ DEVICE bool gemm(const LoraDecode& p, int tile, int part, Shared<kHalves>& share
   float sums[kColumns / 16][kHalves][4] = {};
   const Matrix<T> w{static_cast<const T*>(p.w) + at.in_y * p.stride_wn, p.stride_wn, p.stride_wk, at.live};
   stream<kAligned, kGemmStages>(sums, p, w, part, shared.ring);
-  float* all = reinterpret_cast<float*>(shared.ring);
-  share(sums, all);
+  share(sums, shared.sums);
   float* spilled = p.spill + (int64_t{tile} * p.parts + part) * kSize;
-  for (int i = thread(); i < kSize; i += kThreads) publish(spilled + i, total<kSize>(all, i));
+  for (int i = thread(); i < kSize; i += kThreads) publish(spilled + i, total<kSize>(shared.sums, i));
   return arrive_together(p.arrived + 1 + tile, shared.mine) == 2 * p.parts;
 }
 
@@ -335,13 +337,12 @@ DEVICE bool shrink(const LoraDecode& p, Shared<kHalves>& shared) {
     float sums[1][kHalves][4] = {};
     const Matrix<T> a{static_cast<const T*>(slice.a) + (adapter.first_row + r) * p.k, p.k, 1, live};
     stream<kAligned, kShrinkStages>(sums, p, a, part, shared.ring);
-    float* all = reinterpret_cast<float*>(shared.ring);
-    share(sums, all);
+      share(sums, shared.sums);
     for (int i = thread(); i < kSize; i += kThreads) {
       const int row = i / kRanks, entry = use_of(p, row, adapter.slot).entry;
       if (entry < 0) continue;
       publish(p.planes + (int64_t{part} * entries + entry) * p.stride_h + slice.first_rank + r + i % kRanks,
-              total<kSize>(all, i % kRanks * kRows + row));
+              total<kSize>(shared.sums, i % kRanks * kRows + row));
     }
     barrier();  // the sums have been read
   }
