@@ -16,31 +16,71 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 COMPILER = shutil.which("g++")
 FLAGS = (
-    "-std=c++17 -O1 -fPIC -shared -Wall -Wextra -Werror -Wno-unknown-pragmas "
+    "-std=c++17 -fPIC -shared -Wall -Wextra -Werror -Wno-unknown-pragmas "
     '-DLORA_CUDA_ARCHITECTURES="emulated" -I tests/emulator -I csrc/cuda -I csrc -x c++'
 ).split()
 
 
+BF16 = "  if (p->dtype == LORA_BF16) return few ? launch_decode<bf16, 1>(*p, stream) : launch_decode<bf16, 2>(*p, stream);\n"
+
+
+class Emulator:
+    """An emulated library, called as the compiled one; a launch may read its operands and nothing beside them."""
+
+    def __init__(self, library):
+        library.emulator_seed.argtypes = (ctypes.c_uint64,)
+        library.emulator_allow.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+        self.library, self.seed, self.shared_bytes = library, library.emulator_seed, library.emulator_shared_bytes
+
+    def allow(self, begin, rows, stride, columns, itemsize=2):
+        if begin and rows:
+            self.library.emulator_allow(begin, ((rows - 1) * stride + columns) * itemsize)
+
+    def lora_cuda_decode(self, p, stream):
+        slices = p.slices[: p.num_slices]
+        n = sum(one.width for one in slices)
+        self.allow(p.x, p.rows, p.stride_x, p.k)
+        self.allow(p.w, n, p.stride_wn, (p.k - 1) * p.stride_wk + 1)
+        self.allow(p.bias, 1, n, n)
+        self.allow(p.planes, p.parts * p.rows * p.adapters_per_row, p.stride_h, p.stride_h, itemsize=4)
+        for one in slices:
+            for rank, row in zip(
+                _array(one.ranks, ctypes.c_int32, p), _array(one.first_row, ctypes.c_int64, p), strict=True
+            ):
+                self.allow(one.a + row * p.k * 2, rank, p.k, p.k)
+                of_rank = one.stride_bn == 1  # else there is room for the largest, and whole chunks are read
+                self.allow(one.b + row * one.width * 2, rank if of_rank else one.max_rank, one.width, one.width)
+        return self.library.lora_cuda_decode(p, stream)
+
+
+def _array(address, kind, p):
+    return (kind * p.num_slots).from_address(address)
+
+
 @functools.cache
-def build(replaced: str = "", by: str = "") -> ctypes.CDLL:
-    """The emulated kernels, with a piece of decode.cu replaced by another."""
-    source = (KERNELS / "decode.cu").read_text()
-    if replaced not in source:
-        raise ValueError(f"decode.cu has no {replaced!r}")
+def build(replaced: str = "", by: str = "") -> Emulator:
+    """The emulated kernels; or those of fp16 alone, and in haste, with a piece of decode.cu replaced by another."""
+    source, flags = (KERNELS / "decode.cu").read_text(), ["-O1", *FLAGS]
+    if replaced:
+        source, flags = _replace(_replace(source, BF16), replaced, by), ["-O0", *FLAGS]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "decode.cu")
-        path.write_text(source.replace(replaced, by, 1) if replaced else source)
+        path.write_text(source)
         target = path.with_suffix(".so")
-        subprocess.run([COMPILER, *FLAGS, str(path), "-o", str(target)], check=True, cwd=ROOT)
+        subprocess.run([COMPILER, *flags, str(path), "-o", str(target)], check=True, cwd=ROOT)
         with mock.patch.object(cuda_library, "PATH", target):
-            library = cuda_library.library.__wrapped__()
-    library.emulator_seed.argtypes = (ctypes.c_uint64,)
-    return library
+            return Emulator(cuda_library.library.__wrapped__())
+
+
+def _replace(source, piece, by=""):
+    if piece not in source:
+        raise ValueError(f"decode.cu has no {piece!r}")
+    return source.replace(piece, by, 1)
 
 
 @contextlib.contextmanager
-def emulating(library):
-    """Inside, `backend="cuda"` is `library` on the CPU, whose sums over K come in parts for short K too."""
+def emulating(emulator):
+    """Inside, `backend="cuda"` is `emulator` on the CPU, whose sums over K come in parts for short K too."""
 
     def reasons_unsupported(problem):
         return real(problem._replace(device="cuda", capability=80))
@@ -48,9 +88,8 @@ def emulating(library):
     real = cuda_batched.reasons_unsupported
     choose.cache_clear()
     with (
-        mock.patch.object(cuda_library, "library", lambda: library),
-        mock.patch.object(cuda_batched, "reasons_unsupported", reasons_unsupported),
-        mock.patch.object(cuda_batched, "STEPS_A_PART", 1),
+        mock.patch.object(cuda_library, "library", lambda: emulator),
+        mock.patch.multiple(cuda_batched, reasons_unsupported=reasons_unsupported, STEPS_A_PART=1),
     ):
-        yield library
+        yield emulator
     choose.cache_clear()

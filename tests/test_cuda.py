@@ -10,7 +10,7 @@ from batches import Batch, assert_within_budget
 from conftest import DEVICE
 
 from lora_kernels import BatchPlan, LayerAdapters, lora_linear_batched, testing
-from lora_kernels.backends import cuda_batched, cuda_library, launcher
+from lora_kernels.backends import cuda_batched, cuda_library, eager_batched, launcher, triton_batched
 from lora_kernels.dispatch import Problem, choose, explain
 
 CHOICE = ("cuda", "one_launch")
@@ -41,8 +41,8 @@ def shuffle():
     if ON_GPU:
         yield lambda seed: None
         return
-    with emulated.emulating(emulated.build()) as library:
-        yield library.emulator_seed
+    with emulated.emulating(emulated.build()) as emulator:
+        yield emulator.seed
 
 
 def twin(batch):
@@ -139,11 +139,8 @@ def test_a_row_does_not_depend_on_its_company(shuffle, dtype):
         assert torch.equal(batch.run(CHOICE, rows=rows), y[rows])
 
 
-@needs_kernels
-@every_dtype
-@pytest.mark.parametrize("shape", [QKV, PAIRS], ids=["qkv", "pairs"])
-def test_a_tenant_full_of_nan_does_not_reach_the_others(shuffle, shape, dtype):
-    batch = Batch(**shape, dtype=dtype, device=DEVICE)
+def assert_isolated(batch):
+    """A tenant full of NaN, and a row full of NaN, change nothing for the others."""
     y = batch.run(CHOICE)
     for one_slice in batch.adapters:
         one_slice.a[1], one_slice.b[1], one_slice.scalings[1] = math.nan, math.inf, math.nan
@@ -151,6 +148,13 @@ def test_a_tenant_full_of_nan_does_not_reach_the_others(shuffle, shape, dtype):
     hit = (batch.slots.view(len(y), -1) == 1).any(dim=1) | (torch.arange(len(y)) == 2)
     poisoned = batch.run(CHOICE)
     assert torch.equal(poisoned[~hit], y[~hit]) and poisoned[hit].isnan().all() and not hit.all()
+
+
+@needs_kernels
+@every_dtype
+@pytest.mark.parametrize("shape", [QKV, PAIRS], ids=["qkv", "pairs"])
+def test_a_tenant_full_of_nan_does_not_reach_the_others(shuffle, shape, dtype):
+    assert_isolated(Batch(**shape, dtype=dtype, device=DEVICE))
 
 
 @needs_kernels
@@ -195,15 +199,16 @@ FAULTS = {
 @pytest.mark.skipif(ON_GPU, reason="faults are planted in the emulator")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault):
-    with pytest.raises((AssertionError, RuntimeError)), emulated.emulating(emulated.build(*FAULTS[fault])) as library:
-        batch = Batch(m=11, widths=(72, 33), k=300, slots=5, rank=24, dtype=torch.float16)
+    with pytest.raises((AssertionError, RuntimeError)), emulated.emulating(emulated.build(*FAULTS[fault])) as emulator:
         launcher.reset()
         try:
             for seed in range(20):
-                library.emulator_seed(seed)
+                emulator.seed(seed)
+                batch = Batch(m=11, widths=(40, 33, 70), k=304, slots=5, rank=40, dtype=torch.float16)
                 y = batch.run(CHOICE)
                 assert_within_budget(batch, y)
                 assert torch.equal(run_guarded(batch, random.Random(seed)), y)
+                assert_isolated(batch)
         finally:
             launcher.reset()
 
@@ -233,9 +238,9 @@ def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch, change, reas
 
 def test_it_runs_on_request_only_and_explain_says_so(monkeypatch):
     monkeypatch.setattr(cuda_library, "library", lambda: object())
-    for module in (name for name in ("triton_batched", "eager_batched")):
-        assert choose.__wrapped__(PROBLEM).backend.__name__.endswith(module)
-        monkeypatch.setattr(choose.__wrapped__(PROBLEM).backend, "reasons_unsupported", lambda problem: ["it is gone"])
+    for module in (triton_batched, eager_batched):
+        assert choose.__wrapped__(PROBLEM).backend is module
+        monkeypatch.setattr(module, "reasons_unsupported", lambda problem: ["it is gone"])
     assert choose.__wrapped__(PROBLEM, "cuda").backend is cuda_batched
     choose.cache_clear()
     monkeypatch.undo()

@@ -96,7 +96,7 @@ DEVICE Adapter adapter_of(const LoraDecode& p, const LoraSlice& slice, int segme
 template <bool kAligned, class T>
 DEVICE void copy(Chunk* to, const T* from, int64_t stride, int64_t live) {
   if (kAligned) return copy_async(to, from, live > 0);
-  auto element = [&](int i) { return i < live ? uint32_t{from[i * stride].bits} : 0u; };
+  auto element = [&](int i) { return i < live ? uint32_t{read(from + i * stride).bits} : 0u; };
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) to->word[i] = element(2 * i) | element(2 * i + 1) << 16;
 }
@@ -293,7 +293,7 @@ DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
   for (int i = 0; i < 2; ++i) {
     const int n = 16 * warp + g + 8 * i;
     if (n >= at.live) continue;
-    const float offset = bias ? widen(bias[at.in_y + n]) : 0.0f;
+    const float offset = bias ? widen(read(bias + at.in_y + n)) : 0.0f;
     for (int j = 0; j < kHalves; ++j) {
       const uint32_t two = pack<T>(sums[j][2 * i] + offset, sums[j][2 * i + 1] + offset);
       const int row = 8 * j + 2 * t;

@@ -31,6 +31,11 @@ DEVICE char* shared_memory() {
 
 DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
+template <class T>
+DEVICE T read(const T* from) {
+  return *from;
+}
+
 // 16 bytes into shared memory past L1, later; zeros where not `live`. A group is what was begun since the last commit.
 DEVICE void copy_async(Chunk* shared, const void* global, bool live) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),

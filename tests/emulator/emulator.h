@@ -1,9 +1,10 @@
 // Blocks of threads on a CPU, as unkind as a GPU may be: what csrc/cuda/device.h offers, for g++.
 //
-// A thread is a fiber that runs until it waits. Several blocks are under way at once; who goes on is drawn. Warps meet at their
-// instructions, blocks at barriers; whoever is missing makes a deadlock, which is reported. Shared memory begins as NaN. An
-// asynchronous copy happens at once or when it is waited for, as drawn. What is published is seen by other blocks only after
-// a barrier and an arrival, or at the end.
+// A thread is a fiber that runs until it waits. Several blocks are under way at once; who goes on is drawn, and in every other
+// launch one warp gets as far ahead of the others as it can. Warps meet at their instructions, blocks at barriers; whoever is
+// missing makes a deadlock, which is reported. Shared memory begins as NaN. An asynchronous copy happens at once or when it
+// is waited for, as drawn. What is published is seen by other blocks only after a barrier and an arrival, or at the end.
+// Operands are read only where emulator_allow says that there is something.
 #pragma once
 #include <stdio.h>
 #include <string.h>
@@ -58,14 +59,22 @@ struct Block {
   char* shared;
   std::vector<Fiber> fibers;
   std::vector<Store> stores;  // of all its threads, before the last barrier
+  int leader;                 // the warp that goes first
+};
+
+struct Range {
+  const char *begin, *end;
 };
 
 inline std::mt19937_64 draw;
 inline ucontext_t scheduler;
 inline Fiber* self;
 inline std::string fault;
+inline std::vector<Range> allowed;
+inline bool leads;
 inline void (*body)(const void*);
 inline const void* arguments;
+inline int shared_bytes;  // of the latest launch
 inline constexpr size_t kStack = 1 << 16, kCanary = 64;
 
 inline void leave() { swapcontext(&self->context, &scheduler); }
@@ -78,6 +87,13 @@ inline void leave() { swapcontext(&self->context, &scheduler); }
 
 inline void aligned(const void* address, size_t size, const char* what) {
   if (reinterpret_cast<uintptr_t>(address) % size) fail(std::string(what) + " is not on its boundary");
+}
+
+inline void within(const void* address, size_t size) {
+  const char* begin = static_cast<const char*>(address);
+  for (const Range& range : allowed)
+    if (range.begin <= begin && begin + size <= range.end) return;
+  fail("a read outside of the operands");
 }
 
 inline void flush(std::vector<Store>& stores) {
@@ -152,7 +168,16 @@ inline bool step(Block& block) {
       fiber.state = State::ready;
     }
   }
-  self = ready[draw() % ready.size()];
+  if (done == 0 && ready.size() == block.fibers.size()) block.leader = draw() % (block.fibers.size() / 32);
+  const size_t any = draw() % ready.size();
+  self = ready[any];
+  for (size_t i = 0; leads && i < ready.size(); ++i) {
+    Fiber* other = ready[(any + i) % ready.size()];
+    if (other->thread / 32 == block.leader) {
+      self = other;
+      break;
+    }
+  }
   swapcontext(&scheduler, &self->context);
   return true;
 }
@@ -212,9 +237,14 @@ DEVICE unsigned votes(bool vote) {
 
 DEVICE void copy_async(Chunk* shared, const void* global, bool live) {
   emulator::aligned(shared, 16, "the target of a copy");
-  if (live) emulator::aligned(global, 16, "the source of a copy");
+  if (live) emulator::aligned(global, 16, "the source of a copy"), emulator::within(global, 16);
   const emulator::Copy copy{shared, global, live};
   emulator::draw() % 2 ? copy.run() : emulator::self->copies.back().push_back(copy);
+}
+template <class T>
+DEVICE T read(const T* from) {
+  emulator::within(from, sizeof *from);
+  return *from;
 }
 DEVICE void copy_commit() { emulator::self->copies.push_back({}); }
 template <int kPending>
@@ -324,11 +354,24 @@ const char* launch(void (*kernel)(Args), int blocks, int threads, int shared_byt
   static void (*entry)(Args);
   entry = kernel;
   emulator::fault.clear();
+  emulator::shared_bytes = shared_bytes;
   emulator::body = [](const void* args) { entry(*static_cast<const Args*>(args)); };
   emulator::arguments = &args;
+  emulator::leads = emulator::draw() % 2;
   emulator::run(blocks, threads, shared_bytes);
+  emulator::allowed.clear();
   return emulator::fault.empty() ? nullptr : emulator::fault.c_str();
 }
 
+#define EMULATOR_EXPORT extern "C" __attribute__((used, visibility("default"))) inline
+
 // The order of everything in the launches from here on.
-extern "C" __attribute__((used, visibility("default"))) inline void emulator_seed(uint64_t seed) { emulator::draw.seed(seed); }
+EMULATOR_EXPORT void emulator_seed(uint64_t seed) { emulator::draw.seed(seed); }
+
+// What the next launch may read as an operand, beside what was allowed before.
+EMULATOR_EXPORT void emulator_allow(const void* begin, uint64_t bytes) {
+  emulator::allowed.push_back({static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes});
+}
+
+// Of shared memory in the latest launch.
+EMULATOR_EXPORT int emulator_shared_bytes() { return emulator::shared_bytes; }
