@@ -21,7 +21,12 @@ FLAGS = (
 ).split()
 
 
-BF16 = "  if (p->dtype == LORA_BF16) return few ? launch_decode<bf16, 1>(*p, stream) : launch_decode<bf16, 2>(*p, stream);\n"
+EVERY_KERNEL = """\
+  const bool few = p->rows <= 8;
+  if (p->dtype == LORA_BF16) return few ? launch_decode<bf16, 1>(*p, stream) : launch_decode<bf16, 2>(*p, stream);
+  return few ? launch_decode<fp16, 1>(*p, stream) : launch_decode<fp16, 2>(*p, stream);
+"""
+ONE_KERNEL = "  return launch_decode<fp16, 2>(*p, stream);\n"
 
 
 class Emulator:
@@ -59,10 +64,10 @@ def _array(address, kind, p):
 
 @functools.cache
 def build(replaced: str = "", by: str = "") -> Emulator:
-    """The emulated kernels; or those of fp16 alone, and in haste, with a piece of decode.cu replaced by another."""
+    """The emulated kernels; or that of fp16 and 16 rows alone, and in haste, with a piece of decode.cu replaced by another."""
     source, flags = (KERNELS / "decode.cu").read_text(), ["-O1", *FLAGS]
     if replaced:
-        source, flags = _replace(_replace(source, BF16), replaced, by), ["-O0", *FLAGS]
+        source, flags = _replace(_replace(source, EVERY_KERNEL, ONE_KERNEL), replaced, by), ["-O0", *FLAGS]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "decode.cu")
         path.write_text(source)
@@ -72,7 +77,7 @@ def build(replaced: str = "", by: str = "") -> Emulator:
             return Emulator(cuda_library.library.__wrapped__())
 
 
-def _replace(source, piece, by=""):
+def _replace(source, piece, by):
     if piece not in source:
         raise ValueError(f"decode.cu has no {piece!r}")
     return source.replace(piece, by, 1)

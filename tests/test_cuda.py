@@ -60,9 +60,9 @@ def check(batch, y):
 
 @needs_kernels
 @every_shape
-@every_dtype
-def test_shapes_and_ranks_in_any_order(shuffle, shape, dtype):
-    for batch in (Batch(**shape, dtype=dtype, device=DEVICE), twin(Batch(**shape, dtype=dtype, device=DEVICE))):
+def test_shapes_and_ranks_in_any_order(shuffle, shape):
+    shape = dict(shape, dtype=HALF[shape["m"] % 2], device=DEVICE)
+    for batch in (Batch(**shape), twin(Batch(**shape))):
         ys = []
         for seed in range(3):
             shuffle(seed)
@@ -118,7 +118,7 @@ def run_guarded(batch, rng):
 
 
 @needs_kernels
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_random_problems_packed_and_padded_in_any_layout(shuffle, seed):
     rng = random.Random(seed)
     batch = random_batch(rng)
@@ -174,25 +174,26 @@ def test_more_slices_than_a_launch_holds_are_refused(shuffle):
         batch.run(CHOICE)
 
 
+BARRIER = "    barrier();  // "
 FAULTS = {
-    "a barrier before the arrival": ("  barrier();\n  if (thread() == 0) *shared = arrive", "  if (thread() == 0) *shared = arrive"),
-    "a barrier before a stage is read": ("      barrier();  // this stage", "      // this stage"),
-    "a barrier before the table is overwritten": ("    barrier();  // what is overwritten", "    // what is overwritten"),
-    "a barrier after the sums": ("    barrier();  // the sums have been read", ""),
+    "a barrier before the arrival": ("  barrier();\n  if (thread() == 0) *shared", "  if (thread() == 0) *shared"),
+    "a barrier before a stage is read": (f"  {BARRIER}this stage", "// "),
+    "a barrier before the table is overwritten": (f"{BARRIER}what is overwritten", "// "),
+    "a barrier after the sums": (f"{BARRIER}the sums have been read", ""),
     "the wait for a copy": ("copy_wait<kStages - 1>", "copy_wait<kStages>"),
     "the wait for a stage": ("copy_wait<kExpandStages - 2>", "copy_wait<kExpandStages - 1>"),
     "the release of an arrival": ("*shared = arrive(counter, 1)", "*shared = add_relaxed(counter, 1)"),
     "the reset of a tile": ("  if (thread() == 0) reset(p.arrived + 1 + tile);", ""),
     "the reset of the shrink": ("reset(p.arrived);", "(void)p;"),
-    "a lane of a fragment": ("top.word[w], below.word[w], top.word[w + 1]", "top.word[w], top.word[w + 1], below.word[w]"),
+    "a lane of a fragment": ("below.word[w], top.word[w + 1]", "top.word[w + 1], below.word[w]"),
     "a column of a fragment": ("lane % 4 * 2 + c % 2", "lane % 4 * 2 + c / 2"),
     "the mask of W's rows": ("8 * j + g < m.live ? p.k - k : 0", "p.k - k"),
     "the mask of K": ("8 * j + g < p.rows ? p.k - k : 0", "8 * j + g < p.rows ? 8 : 0"),
     "the mask of the ranks": ("left[i] = below(left[i], here.r + 2 * t + i / 2 * 8, adapter.rank)", "left[i] += 0"),
     "the choice of rows after the product": ("if (users >> (4 * (2 * t + c % 2)) & 1) sums", "sums"),
-    "the order of the parts": ("p.spill + (int64_t{tile} * p.parts + part) * (kColumns", "p.spill + (int64_t{tile} * p.parts) * (kColumns"),
+    "the order of the parts": ("* p.parts + part) * (kColumns", "* p.parts) * (kColumns"),
     "who is last": ("== 2 * p.parts;", "== 2 * p.parts - 1;"),
-}  # fmt: skip
+}
 
 
 @needs_kernels

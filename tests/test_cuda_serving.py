@@ -14,7 +14,6 @@ from test_cuda import CHOICE, needs_kernels, shuffle  # noqa: F401
 from test_gpu_serving import (
     DEVICE,
     NAMES,
-    ON_GPU,
     REPEATS,
     STEPS,
     Served,

@@ -6,12 +6,11 @@
 // is waited for, as drawn. What is published is seen by other blocks only after a barrier and an arrival, or at the end.
 // Operands are read only where emulator_allow says that there is something.
 #pragma once
-#include <stdio.h>
+#include <setjmp.h>
+#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <ucontext.h>
 
-#include <random>
 #include <string>
 #include <vector>
 
@@ -38,12 +37,13 @@ struct Store {
   float value;
 };
 
-enum class State { ready, at_barrier, at_warp, done };
+enum class State { fresh, ready, at_barrier, at_warp, done };
 
 struct Block;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t entry;
+  jmp_buf place;  // swapcontext would ask the system at each switch
   char* stack;
   Block* block;
   int thread;
@@ -66,8 +66,8 @@ struct Range {
   const char *begin, *end;
 };
 
-inline std::mt19937_64 draw;
-inline ucontext_t scheduler;
+inline uint64_t seed;
+inline jmp_buf scheduler;
 inline Fiber* self;
 inline std::string fault;
 inline std::vector<Range> allowed;
@@ -77,7 +77,24 @@ inline const void* arguments;
 inline int shared_bytes;  // of the latest launch
 inline constexpr size_t kStack = 1 << 16, kCanary = 64;
 
-inline void leave() { swapcontext(&self->context, &scheduler); }
+inline uint64_t draw() {  // splitmix64
+  uint64_t z = seed += 0x9e3779b97f4a7c15;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+  z = (z ^ z >> 27) * 0x94d049bb133111eb;
+  return z ^ z >> 31;
+}
+
+inline void leave() {
+  if (!_setjmp(self->place)) _longjmp(scheduler, 1);
+}
+
+inline void enter(Fiber& fiber) {
+  self = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.state != State::fresh) _longjmp(fiber.place, 1);
+  fiber.state = State::ready;
+  setcontext(&fiber.entry);
+}
 
 [[noreturn]] inline void fail(const std::string& what) {
   fault = "block " + std::to_string(self->block->index) + ", thread " + std::to_string(self->thread) + ": " + what;
@@ -137,12 +154,12 @@ inline void begin(Block& block, int index, int threads, int shared_bytes, std::v
     stacks.pop_back();
     fiber.block = &block;
     fiber.thread = i;
-    fiber.state = State::ready;
+    fiber.state = State::fresh;
     fiber.copies.assign(1, {});
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStack;
-    makecontext(&fiber.context, start, 0);
+    getcontext(&fiber.entry);
+    fiber.entry.uc_stack.ss_sp = fiber.stack;
+    fiber.entry.uc_stack.ss_size = kStack;
+    makecontext(&fiber.entry, start, 0);
   }
 }
 
@@ -151,7 +168,7 @@ inline bool step(Block& block) {
   std::vector<Fiber*> ready;
   size_t done = 0;
   for (Fiber& fiber : block.fibers) {
-    if (fiber.state == State::ready) ready.push_back(&fiber);
+    if (fiber.state <= State::ready) ready.push_back(&fiber);
     done += fiber.state == State::done;
   }
   if (done == block.fibers.size()) return false;
@@ -170,15 +187,15 @@ inline bool step(Block& block) {
   }
   if (done == 0 && ready.size() == block.fibers.size()) block.leader = draw() % (block.fibers.size() / 32);
   const size_t any = draw() % ready.size();
-  self = ready[any];
+  Fiber* next = ready[any];
   for (size_t i = 0; leads && i < ready.size(); ++i) {
     Fiber* other = ready[(any + i) % ready.size()];
     if (other->thread / 32 == block.leader) {
-      self = other;
+      next = other;
       break;
     }
   }
-  swapcontext(&scheduler, &self->context);
+  enter(*next);
   return true;
 }
 
@@ -366,7 +383,7 @@ const char* launch(void (*kernel)(Args), int blocks, int threads, int shared_byt
 #define EMULATOR_EXPORT extern "C" __attribute__((used, visibility("default"))) inline
 
 // The order of everything in the launches from here on.
-EMULATOR_EXPORT void emulator_seed(uint64_t seed) { emulator::draw.seed(seed); }
+EMULATOR_EXPORT void emulator_seed(uint64_t seed) { emulator::seed = seed; }
 
 // What the next launch may read as an operand, beside what was allowed before.
 EMULATOR_EXPORT void emulator_allow(const void* begin, uint64_t bytes) {
