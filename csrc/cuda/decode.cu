@@ -94,7 +94,7 @@ DEVICE Adapter adapter_of(const LoraDecode& p, const LoraSlice& slice, int segme
 
 // 8 elements into shared memory: the first `live` of them, or all where kAligned; zeros where none is.
 template <bool kAligned, class T>
-DEVICE void copy(Chunk* to, const T* from, int64_t stride, int64_t live) {
+DEVICE void copy(Chunk* to, const T* from, int64_t stride, int live) {
   if (kAligned) return copy_async(to, from, live > 0);
   auto element = [&](int i) { return i < live ? uint32_t{read(from + i * stride).bits} : 0u; };
 #pragma unroll 1
@@ -116,24 +116,29 @@ DEVICE void stream(float (&sums)[kGroups][kHalves][4], const LoraDecode& p, Matr
   const int lane = thread() % 32, g = lane / 4;
   const int64_t steps = (p.k + kStep - 1) / kStep, first = steps * part / p.parts;
   const int count = static_cast<int>(steps * (part + 1) / p.parts - first);
-  int64_t k = first * kStep + thread() / 32 * 32 + lane % 4 * 8;
-  const T* x = static_cast<const T*>(p.x);
+  const int64_t column = kAligned ? 1 : m.column_stride, k = first * kStep + thread() / 32 * 32 + lane % 4 * 8;
+  const T* w = m.rows + g * m.stride + k * column;
+  const T* x = static_cast<const T*>(p.x) + g * p.stride_x + k;
+  int64_t left = p.k - k;
   ring += thread();
 
   int filled = 0, slot = 0;
   auto fetch = [&] {
     if (filled++ < count) {
       Chunk* to = ring + slot * kChunks * kThreads;
+      const int live = left < 8 ? static_cast<int>(left) : 8;  // none or fewer behind K
       for (int j = 0; j < 2 * kGroups; ++j, to += kThreads)
-        copy<kAligned>(to, m.rows + (8 * j + g) * m.stride + k * m.column_stride, m.column_stride,
-                       8 * j + g < m.live ? p.k - k : 0);
+        copy<kAligned>(to, w + 8 * j * m.stride, column, 8 * j + g < m.live ? live : 0);
       for (int j = 0; j < kHalves; ++j, to += kThreads)
-        copy<kAligned>(to, x + (8 * j + g) * p.stride_x + k, 1, 8 * j + g < p.rows ? p.k - k : 0);
-      k += kStep;
+        copy<kAligned>(to, x + 8 * j * p.stride_x, 1, 8 * j + g < p.rows ? live : 0);
+      w += kStep * column;
+      x += kStep;
+      left -= kStep;
       slot = slot + 1 < kStages ? slot + 1 : 0;
     }
     copy_commit();
   };
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) fetch();
 #pragma unroll 1
   for (int i = 0, here = 0; i < count; ++i, here = here + 1 < kStages ? here + 1 : 0) {
@@ -191,33 +196,22 @@ DEVICE uint32_t below(uint32_t pair, int r, int rank) {
   return r + 1 < rank ? pair : r < rank ? pair & 0xffffu : 0u;
 }
 
-// The adapters' terms of a tile whose parts and whose h are all there, and with them y.
+// sums += the terms of each row's adapters. Warp w has 16 columns of the tile, and its lanes have them as mma leaves them: row
+// g of c is column g of the tile, and column 2t of c is row 2t of x.
 template <class T, int kHalves>
-DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
+DEVICE void add_adapters(float (&sums)[kHalves][4], const LoraDecode& p, const Columns& at, Shared<kHalves>& shared) {
   constexpr int kRows = Shared<kHalves>::kRows, kPlane = Shared<kHalves>::kPlane;
   const int lane = thread() % 32, warp = thread() / 32, g = lane / 4, t = lane % 4;
   const int entries = static_cast<int>(p.rows) * p.adapters_per_row;
-  const Columns at = locate(p, tile);
   const LoraSlice& slice = p.slices[at.slice];
   const T* b = static_cast<const T*>(slice.b);
   const bool rank_major = slice.stride_bn == 1;
   const int64_t pitch = rank_major ? slice.width : slice.stride_bn;
   const bool aligned = pitch % 8 == 0 && reinterpret_cast<uintptr_t>(b) % 16 == 0;
-
-  float sums[kHalves][4] = {};
-  for (int part = 0; part < p.parts; ++part) {
-    const float* spilled = p.spill + (int64_t{tile} * p.parts + part) * (kColumns * kRows);
-    for (int j = 0; j < kHalves; ++j)
-      for (int i = 0; i < 2; ++i) {
-        const float2 two = read_published(spilled + (16 * warp + g + 8 * i) * kRows + 8 * j + 2 * t);
-        sums[j][2 * i] += two.x;
-        sums[j][2 * i + 1] += two.y;
-      }
-  }
-
   const int stage_bytes = kColumns * kRanks * 2 + p.parts * kPlane * 4;
   const int count = p.segment[entries - 1] + 1;
   for (int base = 0; base < count; base += kThreads) {
+    const int present = count - base < kThreads ? count - base : kThreads;
     barrier();  // what is overwritten now has been read
     shared.adapters[thread()] = adapter_of(p, slice, base + thread(), count);
     barrier();
@@ -226,14 +220,14 @@ DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
       int adapter, r;
     };
     auto settle = [&](Place& at) {  // on the next block of ranks that there is
-      for (; at.adapter < kThreads && at.r >= shared.adapters[at.adapter].rank; at.r = 0) ++at.adapter;
+      for (; at.adapter < present && at.r >= shared.adapters[at.adapter].rank; at.r = 0) ++at.adapter;
     };
     Place ahead{0, 0}, here{0, 0};
     settle(ahead);
     settle(here);
     int filled = 0;
     auto fetch = [&] {
-      if (ahead.adapter < kThreads) {
+      if (ahead.adapter < present) {
         const Adapter adapter = shared.adapters[ahead.adapter];
         Chunk* to = reinterpret_cast<Chunk*>(shared.stages + filled * stage_bytes) + thread();
         const int n = rank_major ? thread() % 8 * 8 : thread() / 2;
@@ -252,8 +246,10 @@ DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
       }
       copy_commit();
     };
+#pragma unroll 1
     for (int i = 0; i < kExpandStages - 1; ++i) fetch();
-    for (int stage = 0; here.adapter < kThreads; stage = stage + 1 < kExpandStages ? stage + 1 : 0) {
+#pragma unroll 1
+    for (int stage = 0; here.adapter < present; stage = stage + 1 < kExpandStages ? stage + 1 : 0) {
       copy_wait<kExpandStages - 2>();
       barrier();  // this stage is there for all, and the one before it has been read
       fetch();
@@ -265,18 +261,19 @@ DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
       else
         load_matrices<false>(left, tile_b + (16 * warp + lane % 16) * kRanks + lane / 16 * 8);
       for (int i = 0; i < 4; ++i) left[i] = below(left[i], here.r + 2 * t + i / 2 * 8, adapter.rank);
+      float h[kHalves][4] = {};  // of row 8j + g, at ranks 2t, 2t + 1, 2t + 8 and 2t + 9
+      const float* plane = reinterpret_cast<const float*>(tile_b + kColumns * kRanks) + g * kRanks + 2 * t;
+      for (int part = 0; part < p.parts; ++part, plane += kPlane)
+        for (int j = 0; j < kHalves; ++j)
+          for (int i = 0; i < 4; ++i) h[j][i] += plane[8 * j * kRanks + i / 2 * 8 + i % 2];
       for (int j = 0; j < kHalves; ++j) {
         const Use use = use_of(p, 8 * j + g, adapter.slot);
         const unsigned users = votes(use.entry >= 0);
         if (!users) continue;
+        const float factor = adapter.scaling * use.weight;
         uint32_t right[2];
-        for (int i = 0; i < 2; ++i) {
-          const float* plane = reinterpret_cast<const float*>(tile_b + kColumns * kRanks) + (8 * j + g) * kRanks + 2 * t + 8 * i;
-          float low = 0.0f, high = 0.0f;
-          for (int part = 0; part < p.parts; ++part, plane += kPlane) low += plane[0], high += plane[1];
-          const float factor = adapter.scaling * use.weight;
-          right[i] = below(pack<T>(low * factor, high * factor), here.r + 2 * t + 8 * i, adapter.rank);
-        }
+        for (int i = 0; i < 2; ++i)
+          right[i] = below(pack<T>(h[j][2 * i] * factor, h[j][2 * i + 1] * factor), here.r + 2 * t + 8 * i, adapter.rank);
         float term[4] = {};
         mma<T>(term, left, right);
         for (int c = 0; c < 4; ++c)  // chosen afterwards: another's adapter may hold NaN, and 0 NaN is NaN
@@ -287,6 +284,25 @@ DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
     }
     copy_wait<0>();
   }
+}
+
+// y of a tile whose parts and whose h are all there.
+template <class T, int kHalves>
+DEVICE void expand(const LoraDecode& p, int tile, Shared<kHalves>& shared) {
+  constexpr int kRows = Shared<kHalves>::kRows;
+  const int lane = thread() % 32, warp = thread() / 32, g = lane / 4, t = lane % 4;
+  const Columns at = locate(p, tile);
+  float sums[kHalves][4] = {};
+  for (int part = 0; part < p.parts; ++part) {
+    const float* spilled = p.spill + (int64_t{tile} * p.parts + part) * (kColumns * kRows);
+    for (int j = 0; j < kHalves; ++j)
+      for (int i = 0; i < 2; ++i) {
+        const float2 two = read_published(spilled + (16 * warp + g + 8 * i) * kRows + 8 * j + 2 * t);
+        sums[j][2 * i] += two.x;
+        sums[j][2 * i + 1] += two.y;
+      }
+  }
+  add_adapters<T>(sums, p, at, shared);
 
   const T* bias = static_cast<const T*>(p.bias);
   T* y = static_cast<T*>(p.y);

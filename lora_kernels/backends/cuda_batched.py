@@ -48,7 +48,7 @@ def forward(x, weight, bias, adapters, plan, strategy):
         raise NotImplementedError(f"adapters: got {len(adapters)} slices, the cuda backend has at most {MAX_SLICES}")
     (m, k), n, entries = x.shape, weight.shape[0], plan.slots.numel()
     y = x.new_empty(m, n)
-    if m == 0:
+    if not y.numel():
         return y
     x, bias = row_major(x), None if bias is None else bias.contiguous()
     slices, stride_h = (Slice * MAX_SLICES)(), 0
