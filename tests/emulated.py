@@ -32,10 +32,13 @@ ONE_KERNEL = "  return launch_decode<fp16, 2>(*p, stream);\n"
 class Emulator:
     """An emulated library, called as the compiled one; a launch may read its operands and nothing beside them."""
 
-    def __init__(self, library):
+    def __init__(self, library, launch="lora_cuda_decode"):
         library.emulator_seed.argtypes = (ctypes.c_uint64,)
         library.emulator_allow.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
         self.library, self.seed, self.shared_bytes = library, library.emulator_seed, library.emulator_shared_bytes
+        self.launch = library[launch]
+        self.launch.argtypes = (ctypes.POINTER(cuda_library.Decode), ctypes.c_void_p)
+        self.launch.restype = ctypes.c_char_p
 
     def allow(self, begin, rows, stride, columns, itemsize=2):
         if begin and rows:
@@ -55,7 +58,7 @@ class Emulator:
                 self.allow(one.a + row * p.k * 2, rank, p.k, p.k)
                 of_rank = one.stride_bn == 1  # else there is room for the largest, and whole chunks are read
                 self.allow(one.b + row * one.width * 2, rank if of_rank else one.max_rank, one.width, one.width)
-        return self.library.lora_cuda_decode(p, stream)
+        return self.launch(p, stream)
 
 
 def _array(address, kind, p):
@@ -63,18 +66,29 @@ def _array(address, kind, p):
 
 
 @functools.cache
-def build(replaced: str = "", by: str = "") -> Emulator:
-    """The emulated kernels; or that of fp16 and 16 rows alone, and in haste, with a piece of decode.cu replaced by another."""
-    source, flags = (KERNELS / "decode.cu").read_text(), ["-O1", *FLAGS]
-    if replaced:
-        source, flags = _replace(_replace(source, EVERY_KERNEL, ONE_KERNEL), replaced, by), ["-O0", *FLAGS]
+def build() -> Emulator:
+    """The kernels, emulated."""
+    return Emulator(_compiled((KERNELS / "decode.cu").read_text(), "-O1"))
+
+
+def build_faulty(faults: dict[str, tuple[str, str]]) -> dict[str, Emulator]:
+    """For each name the kernel for fp16 and 16 rows with a piece of its source replaced by another; in one compilation."""
+    head, begin, rest = (KERNELS / "decode.cu").read_text().partition("namespace {\n")
+    kernel, sources = _replace(begin + rest, EVERY_KERNEL, ONE_KERNEL), []
+    for i, (piece, by) in enumerate(faults.values()):
+        renamed = _replace(kernel, piece, by).replace("lora_cuda_", f"lora_cuda_{i}_")
+        sources.append(f"namespace faulty_{i} {{\n{renamed}\n}}\n")
+    library = _compiled(head + "".join(sources), "-O0")
+    return {name: Emulator(library, f"lora_cuda_{i}_decode") for i, name in enumerate(faults)}
+
+
+def _compiled(source, optimization):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "decode.cu")
         path.write_text(source)
         target = path.with_suffix(".so")
-        subprocess.run([COMPILER, *flags, str(path), "-o", str(target)], check=True, cwd=ROOT)
-        with mock.patch.object(cuda_library, "PATH", target):
-            return Emulator(cuda_library.library.__wrapped__())
+        subprocess.run([COMPILER, optimization, *FLAGS, str(path), "-o", str(target)], check=True, cwd=ROOT)
+        return ctypes.CDLL(str(target))
 
 
 def _replace(source, piece, by):
