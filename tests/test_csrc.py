@@ -198,8 +198,9 @@ def contents(source):
 def test_an_install_without_a_compiler_is_pure_python_and_says_so(source, what):
     run = build(source, what, PATH="", LORA_KERNELS_BUILD="auto")
     assert run.returncode == 0, run.stderr
-    said = [line for line in run.stderr.splitlines() if "without its CPU kernels" in line]
-    assert len(said) == 1 and "install g++" in said[0]
+    for kernels, compiler in (("CPU", "g++"), ("CUDA", "nvcc")):
+        said = [line for line in run.stderr.splitlines() if f"without its {kernels} kernels" in line]
+        assert len(said) == 1 and f"install {compiler}" in said[0]
     _, names = contents(source)
     assert ("lora_kernels/functional.py" in names) == (what == "wheel")
     assert not any(name.endswith(".so") for name in names) and not list(source.rglob("*.so"))
@@ -220,7 +221,11 @@ def test_one_wheel_serves_every_python(source):
 
 @pytest.mark.parametrize(
     ("mode", "message"),
-    [("cuda", "still to come"), ("fast", "got 'fast', expected auto, cpu or none"), ("cpu", "no-such-compiler")],
+    [
+        ("cuda", "no-such-compiler"),
+        ("fast", "got 'fast', expected auto, cpu, cuda or none"),
+        ("cpu", "no-such-compiler"),
+    ],
 )
 def test_builds_that_cannot_be_fail_with_the_reason(source, mode, message):
     run = build(source, LORA_KERNELS_BUILD=mode, CXX="no-such-compiler")

@@ -10,7 +10,7 @@ from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 1
+ABI = 2
 
 
 class Slice(ctypes.Structure):
