@@ -6,11 +6,11 @@ It is plain C, called by ctypes: one build serves every Python and every torch, 
 import ctypes
 import functools
 import os
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 1
+ABI = 2
 
 
 class Slice(ctypes.Structure):
@@ -28,6 +28,15 @@ class Batch(ctypes.Structure):
     ]
 
 
+class Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "a", "b", "bias", "h", "y", "dy", "dx", "da", "db")),
+        *((name, c_int64) for name in ("m", "n", "k", "r", "stride_x", "stride_a", "stride_b", "stride_dy", "seed")),
+        *(("keep_threshold", c_int32), ("keep_scale", c_float), ("scaling", c_float)),
+        *((name, c_int32) for name in ("dtype", "gradient_dtype", "threads")),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """The library, or why there is none. Its OpenMP is the one that torch has loaded: two would fight over the cores."""
@@ -39,6 +48,8 @@ def library() -> ctypes.CDLL | str:
         return f"its library does not load: {error}"
     found.lora_isa_name.restype = ctypes.c_char_p
     found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_int32)
+    for kernel in (found.lora_forward, found.lora_backward):
+        kernel.argtypes = (ctypes.POINTER(Linear), c_int32)
     if found.lora_abi() != ABI:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
@@ -70,3 +81,9 @@ def instruction_set() -> str:
 def batched():
     """`run(batch, index)`: the batched kernel, and the index of the instruction set in use."""
     return library().lora_batched, list(instruction_sets()).index(instruction_set())
+
+
+@functools.cache
+def linear_kernels() -> dict:
+    found = library()
+    return {"lora_forward": found.lora_forward, "lora_backward": found.lora_backward, "isa": list(instruction_sets()).index(instruction_set())}

@@ -1,0 +1,294 @@
+// One layer of a training step, beside the base layer's products: h and h B', and the gradients.
+//
+// Threads share out rows, then columns; each element is one sum in ascending order of its depth. So its bits depend
+// neither on their number nor on how the work is cut.
+#include <stdlib.h>
+#include "dropout.h"
+#include "product.h"
+
+namespace {
+
+constexpr int64_t kRows = 32;              // of a block that a thread works on
+constexpr int64_t kDepth = 256;            // units of a block's rows that are packed at once
+constexpr int64_t kSweep = 4 * kPanel;     // columns that are swept from the first row to the last
+constexpr int64_t kStagger = 16;           // floats: rows a power of two apart would share cache lines' places
+
+template <class T>
+constexpr int64_t kElements = kDepth * kPerUnit<T>;
+
+struct Share { int64_t begin, end; };
+
+// The part of `count` for this thread, in multiples of `of`.
+inline Share share(int64_t count, int64_t of) {
+  const int64_t parts = ceiling(count, of), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  return {parts * thread / threads * of, smaller(count, parts * (thread + 1) / threads * of)};
+}
+
+// Calls visit(first, count) for blocks of `step` in a share.
+template <class Visit>
+inline void each_block(Share share, int64_t step, Visit visit) {
+  for (int64_t i = share.begin; i < share.end; i += step) visit(i, smaller(step, share.end - i));
+}
+
+inline bool drops(const LoraLinear& p) { return p.keep_threshold >= 0; }
+
+inline void scale(float* values, float by, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) values[i] *= by;
+}
+
+template <class T>
+inline void store_row(T* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
+}
+
+template <class T>
+inline void add_row(float* to, const T* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
+  if (i < count) store_part(to + i, add(load_part(to + i, count - i), load_part(from + i, count - i)), count - i);
+}
+
+// to [rows, r] = by drop(from [rows, depth]) right, rounded once to T: h of x and A', g of dy and B.
+template <class T>
+inline void project(const LoraLinear& p, bool drop, const T* from, int64_t stride, int64_t row, int64_t rows,
+                    int64_t depth, const float* right, float by, T* to) {
+  alignas(64) float left[kRows * (kDepth + kStagger)], sums[kRows * LORA_MAX_RANK];
+  alignas(64) uint16_t keep[kElements<T>];
+  alignas(64) T kept_row[kElements<T>];
+  const int64_t width = whole_vectors(p.r);
+  for (int64_t at = 0; at < depth; at += kElements<T>) {
+    const int64_t count = smaller(kElements<T>, depth - at), units = units_of<T>(count);
+    for (int64_t m = 0; m < rows; ++m) {
+      const T* source = from + (row + m) * stride + at;
+      if (drop) {
+        keep_row(p, row + m, at, count, keep);
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) kept_row[i] = kept(source[i], keep[i]);
+        source = kept_row;
+      }
+      pack_left(source, 0, 1, count, left + m * (kDepth + kStagger), 0);
+    }
+    product<T>(left, kDepth + kStagger, rows, right, p.r, units, at == 0, sums, width);
+    right += units * width;
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    scale(sums + m * width, by, p.r);
+    store_row(to + (row + m) * p.r, sums + m * width, p.r);
+  }
+}
+
+// A right operand [depth, r] in blocks of kElements of its depth, this thread's share of them.
+template <class T, class Pack>
+inline void pack_blocks(const LoraLinear& p, int64_t depth, float* to, Pack pack) {
+  each_block(share(depth, kElements<T>), kElements<T>, [&](int64_t at, int64_t count) {
+    pack(at, count, to + at / kPerUnit<T> * whole_vectors(p.r));
+  });
+}
+
+template <class T>
+inline int64_t block_floats(const LoraLinear& p, int64_t depth) { return units_of<T>(depth) * whole_vectors(p.r); }
+
+// A right operand [r, columns], this thread's share of its panels.
+template <class T, class Pack>
+inline void pack_panels(const LoraLinear& p, int64_t columns, float* to, Pack pack) {
+  each_block(share(columns, kPanel), kPanel, [&](int64_t at, int64_t count) {
+    pack(at, count, to + at * units_of<T>(p.r));
+  });
+}
+
+template <class T>
+inline int64_t panel_floats(const LoraLinear& p, int64_t columns) { return units_of<T>(p.r) * whole_vectors(columns); }
+
+// h of some rows, and h B' + bias.
+template <class T>
+inline void forward_rows(const LoraLinear& p, int64_t row, int64_t rows, const float* a, const float* b) {
+  alignas(64) float left[kRows * LORA_MAX_RANK], sums[kRows * kPanel];
+  T* h = static_cast<T*>(p.h);
+  project(p, drops(p), static_cast<const T*>(p.x), p.stride_x, row, rows, p.k, a, p.scaling * p.keep_scale, h);
+  const int64_t units = units_of<T>(p.r);
+  pack_left(h + row * p.r, p.r, rows, p.r, left, units);
+  each_block({0, p.n}, kPanel, [&](int64_t column, int64_t columns) {
+    product<T>(left, units, rows, b + column * units, columns, units, true, sums, kPanel);
+    for (int64_t m = 0; m < rows; ++m) {
+      if (p.bias) add_row(sums + m * kPanel, static_cast<const T*>(p.bias) + column, columns);
+      store_row(static_cast<T*>(p.y) + (row + m) * p.n + column, sums + m * kPanel, columns);
+    }
+  });
+}
+
+inline float* allocate(int64_t floats) {
+  return static_cast<float*>(aligned_alloc(64, ceiling(floats, 16) * 64));
+}
+
+template <class T>
+inline bool forward_of(const LoraLinear& p) {
+  const int64_t a_floats = block_floats<T>(p, p.k);
+  float* const a = allocate(a_floats + panel_floats<T>(p, p.n));
+  if (!a) return false;
+  float* const b = a + a_floats;
+#pragma omp parallel num_threads(p.threads)
+  {
+    pack_blocks<T>(p, p.k, a, [&](int64_t at, int64_t count, float* to) {
+      pack_right_of_transposed(static_cast<const T*>(p.a) + at, p.stride_a, count, p.r, to);
+    });
+    pack_panels<T>(p, p.n, b, [&](int64_t at, int64_t count, float* to) {
+      pack_right_of_transposed(static_cast<const T*>(p.b) + at * p.stride_b, p.stride_b, p.r, count, to);
+    });
+#pragma omp barrier
+    each_block(share(p.m, kTileRows), kRows, [&](int64_t row, int64_t rows) { forward_rows<T>(p, row, rows, a, b); });
+  }
+  free(a);
+  return true;
+}
+
+// Packed operands of the backward pass, shared by all threads.
+template <class T>
+struct Backward {
+  float *a, *b;              // right: [r, k], [n, r]
+  float *g;                  // left: [m, r]
+  float *g_columns, *h_columns;  // left: [r, m], rows `stride` apart
+  int64_t stride;
+  float* memory;
+
+  explicit Backward(const LoraLinear& p) : stride(ceiling(units_of<T>(p.m), kStagger) * kStagger + kStagger) {
+    const int64_t sizes[] = {panel_floats<T>(p, p.k), block_floats<T>(p, p.n), p.m * units_of<T>(p.r), p.r * stride,
+                             p.r * stride};
+    float** const parts[] = {&a, &b, &g, &g_columns, &h_columns};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += ceiling(size, 16) * 16;
+    float* next = memory = allocate(total);
+    for (int i = 0; memory && i < 5; next += ceiling(sizes[i], 16) * 16, ++i) *parts[i] = next;
+  }
+  ~Backward() { free(memory); }
+};
+
+template <class T>
+inline void backward_rows(const LoraLinear& p, const Backward<T>& s, int64_t row, int64_t rows) {
+  if (p.db) {
+    pack_left_of_transposed(static_cast<const T*>(p.h) + row * p.r, p.r, p.r, rows, s.h_columns + row / kPerUnit<T>, s.stride);
+  }
+  if (!p.dx && !p.da) return;
+  alignas(64) T g[kRows * LORA_MAX_RANK];
+  project(p, false, static_cast<const T*>(p.dy) + row * p.stride_dy, p.stride_dy, 0, rows, p.n, s.b, p.scaling, g);
+  const int64_t units = units_of<T>(p.r);
+  pack_left(g, p.r, rows, p.r, s.g + row * units, units);
+  if (p.da) pack_left_of_transposed(g, p.r, p.r, rows, s.g_columns + row / kPerUnit<T>, s.stride);
+}
+
+// Some columns of drop(g A) and of g' drop(x).
+template <class T>
+inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, int64_t columns) {
+  alignas(64) uint16_t keep[kRows * kSweep];
+  alignas(64) T kept_x[kRows * kSweep];
+  alignas(64) float tile[kRows * kSweep], packed[kRows * kSweep], sums[LORA_MAX_RANK * kSweep];
+  const int64_t units = units_of<T>(p.r);
+  each_block({0, p.m}, kRows, [&](int64_t row, int64_t rows) {
+    for (int64_t m = 0; drops(p) && m < rows; ++m) keep_row(p, row + m, column, columns, keep + m * kSweep);
+    if (p.dx) {
+      product<T>(s.g + row * units, units, rows, s.a + column * units, columns, units, true, tile, kSweep);
+      for (int64_t m = 0; m < rows; ++m) {
+        float* term = tile + m * kSweep;
+        if (drops(p)) {
+#pragma omp simd
+          for (int64_t i = 0; i < columns; ++i) term[i] = kept(term[i] * p.keep_scale, keep[m * kSweep + i]);
+        }
+        store_row(static_cast<T*>(p.dx) + (row + m) * p.k + column, term, columns);
+      }
+    }
+    if (p.da) {
+      const T* x = static_cast<const T*>(p.x) + row * p.stride_x + column;
+      int64_t stride = p.stride_x;
+      if (drops(p)) {
+        for (int64_t m = 0; m < rows; ++m) {
+#pragma omp simd
+          for (int64_t i = 0; i < columns; ++i) kept_x[m * kSweep + i] = kept(x[m * stride + i], keep[m * kSweep + i]);
+        }
+        x = kept_x, stride = kSweep;
+      }
+      pack_right(x, stride, rows, columns, packed);
+      product<T>(s.g_columns + row / kPerUnit<T>, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
+    }
+  });
+  for (int64_t r = 0; p.da && r < p.r; ++r) {
+    scale(sums + r * kSweep, p.keep_scale, columns);
+    const int64_t to = r * p.k + column;
+    if (p.gradient_dtype == LORA_FP32) {
+      store_row(static_cast<float*>(p.da) + to, sums + r * kSweep, columns);
+    } else {
+      store_row(static_cast<T*>(p.da) + to, sums + r * kSweep, columns);
+    }
+  }
+}
+
+// Some rows of dB, which are columns of dy.
+template <class T>
+inline void sweep_dy(const LoraLinear& p, const Backward<T>& s, int64_t column, int64_t columns) {
+  alignas(64) float packed[kRows * kSweep], sums[LORA_MAX_RANK * kSweep];
+  each_block({0, p.m}, kRows, [&](int64_t row, int64_t rows) {
+    pack_right(static_cast<const T*>(p.dy) + row * p.stride_dy + column, p.stride_dy, rows, columns, packed);
+    product<T>(s.h_columns + row / kPerUnit<T>, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
+  });
+  const auto transpose_to = [&](auto* db) {
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t r = 0; r < p.r; ++r) narrow(sums[r * kSweep + i], db[(column + i) * p.r + r]);
+  };
+  if (p.gradient_dtype == LORA_FP32) {
+    transpose_to(static_cast<float*>(p.db));
+  } else {
+    transpose_to(static_cast<T*>(p.db));
+  }
+}
+
+template <class T>
+inline bool backward_of(const LoraLinear& p) {
+  const Backward<T> s(p);
+  if (!s.memory) return false;
+#pragma omp parallel num_threads(p.threads)
+  {
+    if (p.dx) {
+      pack_panels<T>(p, p.k, s.a, [&](int64_t at, int64_t count, float* to) {
+        pack_right(static_cast<const T*>(p.a) + at, p.stride_a, p.r, count, to);
+      });
+    }
+    if (p.dx || p.da) {
+      pack_blocks<T>(p, p.n, s.b, [&](int64_t at, int64_t count, float* to) {
+        pack_right(static_cast<const T*>(p.b) + at * p.stride_b, p.stride_b, count, p.r, to);
+      });
+    }
+#pragma omp barrier
+    each_block(share(p.m, kTileRows), kRows, [&](int64_t row, int64_t rows) { backward_rows(p, s, row, rows); });
+#pragma omp barrier
+    if (p.dx || p.da) {
+      each_block(share(p.k, kPanel), kSweep, [&](int64_t at, int64_t count) { sweep_x(p, s, at, count); });
+    }
+    if (p.db) {
+      each_block(share(p.n, kPanel), kSweep, [&](int64_t at, int64_t count) { sweep_dy(p, s, at, count); });
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+namespace ISA {
+
+bool forward(const LoraLinear& p) {
+  switch (p.dtype) {
+    case LORA_FP32: return forward_of<float>(p);
+    case LORA_BF16: return forward_of<bf16>(p);
+    default: return forward_of<fp16>(p);
+  }
+}
+
+bool backward(const LoraLinear& p) {
+  switch (p.dtype) {
+    case LORA_FP32: return backward_of<float>(p);
+    case LORA_BF16: return backward_of<bf16>(p);
+    default: return backward_of<fp16>(p);
+  }
+}
+
+}  // namespace ISA
