@@ -38,17 +38,15 @@ inline void scale(float* values, float by, int64_t count) {
 }
 
 template <class T>
-inline void store_row(T* to, const float* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
-}
-
-template <class T>
 inline void add_row(float* to, const T* from, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
   if (i < count) store_part(to + i, add(load_part(to + i, count - i), load_part(from + i, count - i)), count - i);
+}
+
+// Asks for the first `bytes` of a row that is to be read soon; the hardware foresees none that lies in another page.
+inline void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
 }
 
 // to [rows, r] = by drop(from [rows, depth]) right, rounded once to T: h of x and A', g of dy and B.
@@ -63,6 +61,7 @@ inline void project(const LoraLinear& p, bool drop, const T* from, int64_t strid
     const int64_t count = smaller(kElements<T>, depth - at), units = units_of<T>(count);
     for (int64_t m = 0; m < rows; ++m) {
       const T* source = from + (row + m) * stride + at;
+      if (m + 1 < rows) prefetch(source + stride, count * sizeof(T));
       if (drop) {
         keep_row(p, row + m, at, count, keep);
 #pragma omp simd
@@ -76,7 +75,7 @@ inline void project(const LoraLinear& p, bool drop, const T* from, int64_t strid
   }
   for (int64_t m = 0; m < rows; ++m) {
     scale(sums + m * width, by, p.r);
-    store_row(to + (row + m) * p.r, sums + m * width, p.r);
+    copy_row(to + (row + m) * p.r, sums + m * width, p.r);
   }
 }
 
@@ -102,20 +101,29 @@ inline void pack_panels(const LoraLinear& p, int64_t columns, float* to, Pack pa
 template <class T>
 inline int64_t panel_floats(const LoraLinear& p, int64_t columns) { return units_of<T>(p.r) * whole_vectors(columns); }
 
+// Calls visit(row, terms) for the rows of left right, which has up to kSweep columns; a few rows at a time stay in L1.
+template <class T, class Visit>
+inline void expand(const float* left, int64_t units, int64_t rows, const float* right, int64_t columns, Visit visit) {
+  alignas(64) float terms[kTileRows * kSweep];
+  each_block({0, rows}, kTileRows, [&](int64_t row, int64_t count) {
+    product<T>(left + row * units, units, count, right, columns, units, true, terms, kSweep);
+    for (int64_t m = 0; m < count; ++m) visit(row + m, terms + m * kSweep);
+  });
+}
+
 // h of some rows, and h B' + bias.
 template <class T>
 inline void forward_rows(const LoraLinear& p, int64_t row, int64_t rows, const float* a, const float* b) {
-  alignas(64) float left[kRows * LORA_MAX_RANK], sums[kRows * kPanel];
+  alignas(64) float left[kRows * LORA_MAX_RANK];
   T* h = static_cast<T*>(p.h);
   project(p, drops(p), static_cast<const T*>(p.x), p.stride_x, row, rows, p.k, a, p.scaling * p.keep_scale, h);
   const int64_t units = units_of<T>(p.r);
   pack_left(h + row * p.r, p.r, rows, p.r, left, units);
-  each_block({0, p.n}, kPanel, [&](int64_t column, int64_t columns) {
-    product<T>(left, units, rows, b + column * units, columns, units, true, sums, kPanel);
-    for (int64_t m = 0; m < rows; ++m) {
-      if (p.bias) add_row(sums + m * kPanel, static_cast<const T*>(p.bias) + column, columns);
-      store_row(static_cast<T*>(p.y) + (row + m) * p.n + column, sums + m * kPanel, columns);
-    }
+  each_block({0, p.n}, kSweep, [&](int64_t column, int64_t columns) {
+    expand<T>(left, units, rows, b + column * units, columns, [&](int64_t m, float* terms) {
+      if (p.bias) add_row(terms, static_cast<const T*>(p.bias) + column, columns);
+      copy_row(static_cast<T*>(p.y) + (row + m) * p.n + column, terms, columns);
+    });
   });
 }
 
@@ -183,23 +191,24 @@ template <class T>
 inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, int64_t columns) {
   alignas(64) uint16_t keep[kRows * kSweep];
   alignas(64) T kept_x[kRows * kSweep];
-  alignas(64) float tile[kRows * kSweep], packed[kRows * kSweep], sums[LORA_MAX_RANK * kSweep];
+  alignas(64) float packed[kRows * kSweep], sums[LORA_MAX_RANK * kSweep];
   const int64_t units = units_of<T>(p.r);
   each_block({0, p.m}, kRows, [&](int64_t row, int64_t rows) {
-    for (int64_t m = 0; drops(p) && m < rows; ++m) keep_row(p, row + m, column, columns, keep + m * kSweep);
+    const T* x = static_cast<const T*>(p.x) + row * p.stride_x + column;
+    for (int64_t m = 0; m < rows; ++m) {
+      if (p.da && row + m + kRows < p.m) prefetch(x + (m + kRows) * p.stride_x, columns * sizeof(T));
+      if (drops(p)) keep_row(p, row + m, column, columns, keep + m * kSweep);
+    }
     if (p.dx) {
-      product<T>(s.g + row * units, units, rows, s.a + column * units, columns, units, true, tile, kSweep);
-      for (int64_t m = 0; m < rows; ++m) {
-        float* term = tile + m * kSweep;
+      expand<T>(s.g + row * units, units, rows, s.a + column * units, columns, [&](int64_t m, float* terms) {
         if (drops(p)) {
 #pragma omp simd
-          for (int64_t i = 0; i < columns; ++i) term[i] = kept(term[i] * p.keep_scale, keep[m * kSweep + i]);
+          for (int64_t i = 0; i < columns; ++i) terms[i] = kept(terms[i] * p.keep_scale, keep[m * kSweep + i]);
         }
-        store_row(static_cast<T*>(p.dx) + (row + m) * p.k + column, term, columns);
-      }
+        copy_row(static_cast<T*>(p.dx) + (row + m) * p.k + column, terms, columns);
+      });
     }
     if (p.da) {
-      const T* x = static_cast<const T*>(p.x) + row * p.stride_x + column;
       int64_t stride = p.stride_x;
       if (drops(p)) {
         for (int64_t m = 0; m < rows; ++m) {
@@ -216,9 +225,9 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
     scale(sums + r * kSweep, p.keep_scale, columns);
     const int64_t to = r * p.k + column;
     if (p.gradient_dtype == LORA_FP32) {
-      store_row(static_cast<float*>(p.da) + to, sums + r * kSweep, columns);
+      copy_row(static_cast<float*>(p.da) + to, sums + r * kSweep, columns);
     } else {
-      store_row(static_cast<T*>(p.da) + to, sums + r * kSweep, columns);
+      copy_row(static_cast<T*>(p.da) + to, sums + r * kSweep, columns);
     }
   }
 }
@@ -228,7 +237,9 @@ template <class T>
 inline void sweep_dy(const LoraLinear& p, const Backward<T>& s, int64_t column, int64_t columns) {
   alignas(64) float packed[kRows * kSweep], sums[LORA_MAX_RANK * kSweep];
   each_block({0, p.m}, kRows, [&](int64_t row, int64_t rows) {
-    pack_right(static_cast<const T*>(p.dy) + row * p.stride_dy + column, p.stride_dy, rows, columns, packed);
+    const T* dy = static_cast<const T*>(p.dy) + row * p.stride_dy + column;
+    for (int64_t m = kRows; m < kRows + rows && row + m < p.m; ++m) prefetch(dy + m * p.stride_dy, columns * sizeof(T));
+    pack_right(dy, p.stride_dy, rows, columns, packed);
     product<T>(s.h_columns + row / kPerUnit<T>, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
   });
   const auto transpose_to = [&](auto* db) {

@@ -24,17 +24,24 @@ inline float unit(const T* from, int64_t stride, int64_t left) {
   }
 }
 
+// Widens or narrows, where To and From differ.
+template <class To, class From>
+inline void copy_row(To* to, const From* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
+}
+
 // left [rows, depth] as it lies.
 template <class T>
 inline void pack_left(const T* from, int64_t stride, int64_t rows, int64_t depth, float* to, int64_t to_stride) {
   for (int64_t m = 0; m < rows; ++m, from += stride, to += to_stride) {
+    const int64_t units = depth / kPerUnit<T>;
     if constexpr (kPerUnit<T> == 1) {
-      int64_t i = 0;
-      for (; i + kLanes <= depth; i += kLanes) store(to + i, load(from + i));
-      if (i < depth) store_part(to + i, load_part(from + i, depth - i), depth - i);
+      copy_row(to, from, depth);
     } else {
-      memcpy(to, from, depth * sizeof(T));
-      if (depth % kPerUnit<T>) to[depth / kPerUnit<T>] = unit(from + depth - 1, 1, 1);
+      copy_row(to, reinterpret_cast<const float*>(from), units);
+      if (depth % kPerUnit<T>) to[units] = unit(from + depth - 1, 1, 1);
     }
   }
 }
@@ -89,8 +96,11 @@ __attribute__((noinline)) void product_tile(const float* left, int64_t left_stri
                                             bool first, float* out, int64_t out_stride) {
   using Operand = typename Dot<T>::Operand;
   Vec sums[ROWS][VECTORS];
-  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) sums[m][v] = first ? broadcast(0) : load(out + m * out_stride + v * kLanes);
+  }
   for (int64_t u = 0; u < units; ++u, right += VECTORS * kLanes) {
     Operand columns[VECTORS];
 #pragma GCC unroll 8
@@ -102,8 +112,11 @@ __attribute__((noinline)) void product_tile(const float* left, int64_t left_stri
       for (int v = 0; v < VECTORS; ++v) sums[m][v] = Dot<T>::accumulate(row, columns[v], sums[m][v]);
     }
   }
-  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) store(out + m * out_stride + v * kLanes, sums[m][v]);
+  }
 }
 
 // Tiles of up to ROWS rows, which is a power of two; out's rows have room for whole vectors.
