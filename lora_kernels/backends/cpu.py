@@ -6,7 +6,7 @@ The strategy is `chained`: the adapter's term is written first and the base GEMM
 import torch
 
 from lora_kernels.backends import cpu_library
-from lora_kernels.backends.cpu_library import Linear, linear_kernels
+from lora_kernels.backends.cpu_library import Linear, linear
 from lora_kernels.backends.operands import row_major
 from lora_kernels.reference import keep_threshold
 
@@ -31,15 +31,15 @@ def strategy_reasons_unsupported(strategy, problem) -> list[str]:
 
 def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
     """`y [M,N]` and `h [M,R] = scaling drop(x) Aᵀ`, both in x's dtype."""
-    (m, k), (n, r) = x.shape, lora_b.shape
+    m, (n, r) = x.shape[0], lora_b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r)
     if m == 0:
         return y, h
     x, a, b = row_major(x), _operand(lora_a, x), _operand(lora_b, x)
     bias = None if bias is None else bias.contiguous()
-    _run("lora_forward", _linear(
-        x, a, b, h, scaling, dropout_p, seed, k, bias=_pointer(bias), y=y.data_ptr(), stride_x=x.stride(0)
-    ))  # fmt: skip
+    run, _, isa = linear()
+    call = _call(x, a, b, h, scaling, dropout_p, seed, bias=_pointer(bias), y=y.data_ptr(), stride_x=x.stride(0))
+    _check(run(call, isa), call)
     return y.addmm_(x, weight.mT), h
 
 
@@ -55,11 +55,13 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
     )
     if m and any(needs):
         dy, a, b = row_major(dy), _operand(lora_a, dy), _operand(lora_b, dy)
-        x = row_major(x) if needs_a else dy
-        _run("lora_backward", _linear(
-            x, a, b, h, scaling, dropout_p, seed, k, dy=dy.data_ptr(), dx=_pointer(dx), da=_pointer(da), db=_pointer(db),
+        x, h = row_major(x) if needs_a else dy, h.contiguous() if needs_b else None
+        _, run, isa = linear()
+        call = _call(
+            x, a, b, h, scaling, dropout_p, seed, dy=dy.data_ptr(), dx=_pointer(dx), da=_pointer(da), db=_pointer(db),
             stride_x=x.stride(0), stride_dy=dy.stride(0), gradient_dtype=DTYPES[lora_a.dtype],
-        ))  # fmt: skip
+        )  # fmt: skip
+        _check(run(call, isa), call)
         if needs_x:
             dx.addmm_(dy, weight)
     return dx, da, db
@@ -73,16 +75,18 @@ def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _linear(x, a, b, h, scaling, dropout_p, seed, k, **rest):
-    drop = dropout_p > 0.0
+def _call(x, a, b, h, scaling, dropout_p, seed, **rest):
+    drop, (r, k) = dropout_p > 0.0, a.shape
     return Linear(
-        x=x.data_ptr(), a=a.data_ptr(), b=b.data_ptr(), h=_pointer(h), m=x.shape[0], n=b.shape[0], k=k, r=b.shape[1],
+        x=x.data_ptr(), a=a.data_ptr(), b=b.data_ptr(), h=_pointer(h), m=x.shape[0], n=b.shape[0], k=k, r=r,
         stride_a=a.stride(0), stride_b=b.stride(0), seed=int(seed) if drop else 0,
         keep_threshold=keep_threshold(dropout_p) if drop else -1, keep_scale=1.0 / (1.0 - dropout_p) if drop else 1.0,
         scaling=float(scaling), dtype=DTYPES[x.dtype], threads=torch.get_num_threads(), **rest,
     )  # fmt: skip
 
 
-def _run(name, linear):
-    if not linear_kernels()[name](linear, linear_kernels()["isa"]):
-        raise MemoryError(f"lora_linear: no memory for the packed operands of m = {linear.m}, n = {linear.n}, k = {linear.k}")
+def _check(done, call):
+    if not done:
+        raise MemoryError(
+            f"lora_linear: no memory for packed copies of adapters: m = {call.m}, n = {call.n}, r = {call.r}"
+        )

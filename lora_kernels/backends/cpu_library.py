@@ -48,12 +48,12 @@ def library() -> ctypes.CDLL | str:
         return f"its library does not load: {error}"
     found.lora_isa_name.restype = ctypes.c_char_p
     found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_int32)
-    for kernel in (found.lora_forward, found.lora_backward):
-        kernel.argtypes = (ctypes.POINTER(Linear), c_int32)
     if found.lora_abi() != ABI:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
         )
+    for kernel in (found.lora_forward, found.lora_backward):
+        kernel.argtypes = (ctypes.POINTER(Linear), c_int32)
     return found
 
 
@@ -80,10 +80,14 @@ def instruction_set() -> str:
 @functools.cache
 def batched():
     """`run(batch, index)`: the batched kernel, and the index of the instruction set in use."""
-    return library().lora_batched, list(instruction_sets()).index(instruction_set())
+    return library().lora_batched, _index()
 
 
 @functools.cache
-def linear_kernels() -> dict:
-    found = library()
-    return {"lora_forward": found.lora_forward, "lora_backward": found.lora_backward, "isa": list(instruction_sets()).index(instruction_set())}
+def linear():
+    """`forward(linear, index)`, `backward(linear, index)`: the kernels of one adapter, and that index."""
+    return library().lora_forward, library().lora_backward, _index()
+
+
+def _index():
+    return list(instruction_sets()).index(instruction_set())
