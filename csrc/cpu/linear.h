@@ -11,10 +11,12 @@ namespace {
 constexpr int64_t kRows = 32;              // of a block that a thread works on
 constexpr int64_t kDepth = 256;            // units of a block's rows that are packed at once
 constexpr int64_t kSweep = 4 * kPanel;     // columns that are swept from the first row to the last
-constexpr int64_t kStagger = 16;           // floats: rows a power of two apart would share cache lines' places
+constexpr int64_t kStagger = 16;           // floats: rows a power of two apart would compete for the same places in L1
 
 template <class T>
 constexpr int64_t kElements = kDepth * kPerUnit<T>;
+
+static_assert(kPanel % 8 == 0, "the mask is drawn for eight columns at a time");
 
 struct Share { int64_t begin, end; };
 
@@ -127,16 +129,19 @@ inline void forward_rows(const LoraLinear& p, int64_t row, int64_t rows, const f
   });
 }
 
-inline float* allocate(int64_t floats) {
-  return static_cast<float*>(aligned_alloc(64, ceiling(floats, 16) * 64));
-}
+// Memory for the call; null where there is none.
+struct Scratch {
+  float* const at;
+  explicit Scratch(int64_t floats) : at(static_cast<float*>(aligned_alloc(64, ceiling(floats, 16) * 64))) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { free(at); }
+  operator float*() const { return at; }
+};
 
 template <class T>
 inline bool forward_of(const LoraLinear& p) {
-  const int64_t a_floats = block_floats<T>(p, p.k);
-  float* const a = allocate(a_floats + panel_floats<T>(p, p.n));
-  if (!a) return false;
-  float* const b = a + a_floats;
+  const Scratch a(block_floats<T>(p, p.k)), b(panel_floats<T>(p, p.n));
+  if (!a || !b) return false;
 #pragma omp parallel num_threads(p.threads)
   {
     pack_blocks<T>(p, p.k, a, [&](int64_t at, int64_t count, float* to) {
@@ -148,29 +153,22 @@ inline bool forward_of(const LoraLinear& p) {
 #pragma omp barrier
     each_block(share(p.m, kTileRows), kRows, [&](int64_t row, int64_t rows) { forward_rows<T>(p, row, rows, a, b); });
   }
-  free(a);
   return true;
 }
 
 // Packed operands of the backward pass, shared by all threads.
 template <class T>
 struct Backward {
-  float *a, *b;              // right: [r, k], [n, r]
-  float *g;                  // left: [m, r]
-  float *g_columns, *h_columns;  // left: [r, m], rows `stride` apart
-  int64_t stride;
-  float* memory;
+  const int64_t stride;
+  const Scratch a, b;                  // right: [r, k], [n, r]
+  const Scratch g;                     // left: [m, r]
+  const Scratch g_columns, h_columns;  // left: [r, m], rows `stride` apart
 
-  explicit Backward(const LoraLinear& p) : stride(ceiling(units_of<T>(p.m), kStagger) * kStagger + kStagger) {
-    const int64_t sizes[] = {panel_floats<T>(p, p.k), block_floats<T>(p, p.n), p.m * units_of<T>(p.r), p.r * stride,
-                             p.r * stride};
-    float** const parts[] = {&a, &b, &g, &g_columns, &h_columns};
-    int64_t total = 0;
-    for (int64_t size : sizes) total += ceiling(size, 16) * 16;
-    float* next = memory = allocate(total);
-    for (int i = 0; memory && i < 5; next += ceiling(sizes[i], 16) * 16, ++i) *parts[i] = next;
-  }
-  ~Backward() { free(memory); }
+  explicit Backward(const LoraLinear& p)
+      : stride(ceiling(units_of<T>(p.m), kStagger) * kStagger + kStagger),
+        a(panel_floats<T>(p, p.k)), b(block_floats<T>(p, p.n)), g(p.m * units_of<T>(p.r)),
+        g_columns(p.r * stride), h_columns(p.r * stride) {}
+  bool allocated() const { return a && b && g && g_columns && h_columns; }
 };
 
 template <class T>
@@ -256,7 +254,7 @@ inline void sweep_dy(const LoraLinear& p, const Backward<T>& s, int64_t column, 
 template <class T>
 inline bool backward_of(const LoraLinear& p) {
   const Backward<T> s(p);
-  if (!s.memory) return false;
+  if (!s.allocated()) return false;
 #pragma omp parallel num_threads(p.threads)
   {
     if (p.dx) {
