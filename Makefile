@@ -28,7 +28,8 @@ sanitize: $(VENV)/dev  ## the compiled CPU kernels under the address and undefin
 	cp -r csrc lora_kernels tests setup.py pyproject.toml README.md LICENSE $$copy; cd $$copy; rm -f lora_kernels/*.so; \
 	CXX="g++ $(SANITIZERS)" LORA_KERNELS_BUILD=cpu $$python setup.py -q build_ext --inplace; \
 	set -x; LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYTHONPATH=. \
-	ASAN_OPTIONS=detect_leaks=0 $$python -m pytest -q --capture=sys -k "(cpu or isa or set or thread or company) and not wheel and not builds" $(CSRC_TESTS)
+	ASAN_OPTIONS=detect_leaks=0 $$python -m pytest -q --capture=sys $(CSRC_TESTS) \
+	  -k "(cpu or isa or set or thread or company) and not wheel and not builds"
 
 gpu:  ## every test on the local GPU; uses PYTHON as it is where its torch sees the GPU
 	@sees_gpu='import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU here")'; \

@@ -1,4 +1,4 @@
-"""A training step of one layer on the CPU, forward and backward, with and without dropout, as ratios to the base layer alone.
+"""A training step of one layer on the CPU, forward and backward, as ratios to the base layer alone.
 
 The base layer's backward is dx only. Neighbours in rank and size show what tails cost.
 """

@@ -32,7 +32,7 @@ struct LoraBatch {
   int32_t dtype, threads;
 };
 
-// One layer of a training step; matrices are row-major, their rows `stride_` elements apart, or contiguous where there is no stride.
+// One layer of a training step; matrices are row-major, with rows `stride_` elements apart, or contiguous without a stride.
 struct LoraLinear {
   const void* x;     // [m, k]
   const void* a;     // [r, k]
@@ -41,7 +41,7 @@ struct LoraLinear {
   void* h;           // [m, r]: scaling drop(x) A'; written by forward, read by backward
   void* y;           // [m, n]: forward writes bias + h B'
   const void* dy;    // [m, n]
-  void* dx;          // [m, k]: backward writes drop(g A) with g = scaling dy B; null where it is not needed, as da and db
+  void* dx;          // [m, k]: backward writes drop(g A), g = scaling dy B; null where it is not needed, as da and db
   void* da;          // [r, k]: g' drop(x)
   void* db;          // [n, r]: dy' h
   int64_t m, n, k, r, stride_x, stride_a, stride_b, stride_dy;

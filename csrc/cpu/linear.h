@@ -174,7 +174,8 @@ struct Backward {
 template <class T>
 inline void backward_rows(const LoraLinear& p, const Backward<T>& s, int64_t row, int64_t rows) {
   if (p.db) {
-    pack_left_of_transposed(static_cast<const T*>(p.h) + row * p.r, p.r, p.r, rows, s.h_columns + row / kPerUnit<T>, s.stride);
+    const T* h = static_cast<const T*>(p.h) + row * p.r;
+    pack_left_of_transposed(h, p.r, p.r, rows, s.h_columns + row / kPerUnit<T>, s.stride);
   }
   if (!p.dx && !p.da) return;
   alignas(64) T g[kRows * LORA_MAX_RANK];
@@ -216,7 +217,8 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
         x = kept_x, stride = kSweep;
       }
       pack_right(x, stride, rows, columns, packed);
-      product<T>(s.g_columns + row / kPerUnit<T>, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
+      const float* g = s.g_columns + row / kPerUnit<T>;
+      product<T>(g, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
     }
   });
   for (int64_t r = 0; p.da && r < p.r; ++r) {
@@ -238,7 +240,8 @@ inline void sweep_dy(const LoraLinear& p, const Backward<T>& s, int64_t column, 
     const T* dy = static_cast<const T*>(p.dy) + row * p.stride_dy + column;
     for (int64_t m = kRows; m < kRows + rows && row + m < p.m; ++m) prefetch(dy + m * p.stride_dy, columns * sizeof(T));
     pack_right(dy, p.stride_dy, rows, columns, packed);
-    product<T>(s.h_columns + row / kPerUnit<T>, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
+    const float* h = s.h_columns + row / kPerUnit<T>;
+    product<T>(h, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
   });
   const auto transpose_to = [&](auto* db) {
     for (int64_t i = 0; i < columns; ++i)

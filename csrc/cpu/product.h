@@ -1,8 +1,8 @@
 // out [rows, columns] = left [rows, depth] right [depth, columns] of packed operands, in fp32.
 //
-// Depth is counted in units: the 32 bits that a lane multiplies in one step, an fp32, or two bf16 where the processor adds
-// up pairs. A packed left operand has one row of units after another. A packed right one is panels of kPanel columns, the
-// last narrower: a panel is [units][columns, rounded up to whole vectors], and zero where the matrix ends.
+// Depth is counted in units: the 32 bits that a lane multiplies in one step, an fp32, or two bf16 where the processor
+// adds up pairs. A packed left operand has one row of units after another. A packed right one is panels of kPanel columns,
+// the last narrower: a panel is [units][columns, rounded up to whole vectors], and zero where the matrix ends.
 // Every element is summed in ascending order of depth, whatever the shape of the tile that it is in.
 namespace {
 
@@ -48,7 +48,8 @@ inline void pack_left(const T* from, int64_t stride, int64_t rows, int64_t depth
 
 // left [rows, depth] from [depth, rows].
 template <class T>
-inline void pack_left_of_transposed(const T* from, int64_t stride, int64_t rows, int64_t depth, float* to, int64_t to_stride) {
+inline void pack_left_of_transposed(const T* from, int64_t stride, int64_t rows, int64_t depth, float* to,
+                                    int64_t to_stride) {
   for (int64_t u = 0, at = 0; at < depth; ++u, at += kPerUnit<T>)
     for (int64_t m = 0; m < rows; ++m) to[m * to_stride + u] = unit(from + at * stride + m, stride, depth - at);
 }

@@ -1,5 +1,5 @@
-// Sizes, and 16-bit floats, one at a time. Anonymous, as all that is compiled once an instruction set: were two copies of a
-// function merged by the linker, the AVX-512 one could run where there is no AVX-512.
+// Sizes, and 16-bit floats, one at a time. Anonymous, as all that is compiled once an instruction set: were two copies of
+// a function merged by the linker, the AVX-512 one could run where there is no AVX-512.
 #pragma once
 #include <stdint.h>
 #include <string.h>
