@@ -39,7 +39,7 @@ SHAPES = (
 
 
 def main(full: bool = False) -> None:
-    rows = [row for shape in (SHAPES if full else SHAPES[:3]) for row in run(shape, 40 if full else 15)]
+    rows = [row for shape in (SHAPES if full else SHAPES[:3]) for row in run(shape, 20 if full else 15)]
     method = "wall clock of forward and backward, contenders take turns; ratios of 10th percentiles and of medians"
     path = report.write("cpu_training", method, rows, torch.device("cpu"))
     table = [
