@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define LORA_ABI 2  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_ABI 3  // raise it with any change below, so that Python refuses a library built from other sources
 #define LORA_MAX_RANK 512
 
 enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
@@ -47,4 +47,23 @@ struct LoraDecode {
   int64_t rows, k, stride_x, stride_y, stride_wn, stride_wk, stride_h;
   int32_t adapters_per_row, num_slots, num_slices, tiles, parts, shrinks, dtype, device;
   LoraSlice slices[LORA_MAX_SLICES];
+};
+
+// One layer of a training step; matrices are row-major, with rows `stride_` elements apart, or contiguous without a stride.
+struct LoraLinear {
+  const void* x;     // [m, k]
+  const void* a;     // [r, k]
+  const void* b;     // [n, r]
+  const void* bias;  // [n], or null
+  void* h;           // [m, r]: scaling drop(x) A'; written by forward, read by backward
+  void* y;           // [m, n]: forward writes bias + h B'
+  const void* dy;    // [m, n]
+  void* dx;          // [m, k]: backward writes drop(g A), g = scaling dy B; null where it is not needed, as da and db
+  void* da;          // [r, k]: g' drop(x)
+  void* db;          // [n, r]: dy' h
+  int64_t m, n, k, r, stride_x, stride_a, stride_b, stride_dy;
+  int64_t seed;
+  int32_t keep_threshold;  // of the 65,536 values of a lane, or -1 without dropout
+  float keep_scale, scaling;
+  int32_t dtype, gradient_dtype, threads;  // the latter: of da and db
 };

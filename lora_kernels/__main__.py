@@ -107,7 +107,10 @@ def _info(*_):
         device=device.type, capability=target.capability, num_sms=target.num_sms, tma=target.tma,
     )  # fmt: skip
     for name, backend in BACKENDS.items():
-        reasons = backend.reasons_unsupported(problem)
+        try:
+            reasons = backend.reasons_unsupported(problem)
+        except ValueError as error:  # of LORA_KERNELS_CPU_ISA
+            reasons = [str(error)]
         print(f"{name:<13} {'not usable here: ' + '; '.join(reasons) if reasons else 'usable'}")
     if isinstance(reason := cpu_library.library(), str):
         print(f"csrc/cpu      not usable here: {reason}")
@@ -115,7 +118,7 @@ def _info(*_):
         sets = (
             name if there else f"{name} (not on this machine)" for name, there in cpu_library.instruction_sets().items()
         )
-        print(f"csrc/cpu      batched inference on the CPU; built for {', '.join(sets)}; uses {_instruction_set()}")
+        print(f"csrc/cpu      the CPU's kernels; built for {', '.join(sets)}; uses {_instruction_set()}")
     if isinstance(reason := cuda_library.library(), str):
         print(f"csrc/cuda     not usable here: {reason}")
     else:
