@@ -255,10 +255,10 @@ def test_it_runs_on_request_only_and_explain_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "k", "num_sms", "parts"), [(64, 4096, 132, 2), (224, 4096, 132, 4), (16, 4096, 132, 8), (1, 100, 132, 1)]
+    ("tiles", "steps", "num_sms", "parts"), [(64, 32, 132, 2), (224, 32, 132, 4), (16, 32, 132, 8), (1, 1, 132, 1)]
 )
-def test_parts_share_out_the_work(tiles, k, num_sms, parts):
-    assert cuda_batched.parts_of(tiles, k, num_sms) == parts
+def test_parts_share_out_the_work(tiles, steps, num_sms, parts):
+    assert cuda_batched.parts_of(tiles, steps, num_sms) == parts
 
 
 @pytest.mark.skipif(isinstance(cuda_library.library(), str), reason="the CUDA kernels are not built")

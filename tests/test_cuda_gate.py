@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -23,7 +24,8 @@ ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-KERNEL = re.compile(r"decodeI4(?P<dtype>bf16|fp16)Li(?P<halves>\d)ELb(?P<aligned>[01])E")
+KERNEL = re.compile(r"decodeI4(?P<dtype>bf16|fp16)Li(?P<halves>\d)E\S*?(?P<weights>DenseILb[01]|NormalFloat4)")
+WEIGHTS = {"DenseILb1": "aligned", "DenseILb0": "any layout", "NormalFloat4": "NF4"}
 SPILLING = """
 extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
   float v[64];
@@ -57,13 +59,13 @@ def find_nvcc():
     return nvcc
 
 
-def compiled(nvcc, source):
-    """{kernel: {registers, ...}} of what ptxas says of `source`, for every architecture that is built."""
+def compiled(nvcc, *sources):
+    """{kernel: {registers, ...}} of what ptxas says of `sources`, for every architecture that is built."""
     options = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in setup_script().ARCHITECTURES]
     flags = ["-std=c++17", "-O3", "-cubin", "-Xptxas=-v", '-DLORA_CUDA_ARCHITECTURES=""']
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        for option in options:
+        for source, option in itertools.product(sources, options):
             command = [nvcc, *flags, option, str(source), "-o", str(Path(folder, "out"))]
             said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stderr
             for entry in ENTRY.finditer(said):
@@ -78,8 +80,7 @@ def compiled(nvcc, source):
 def _name(symbol):
     if (found := KERNEL.search(symbol)) is None:
         return symbol
-    rows = f"{8 * int(found['halves'])} rows"
-    return f"decode {found['dtype']} {rows} {'aligned' if found['aligned'] == '1' else 'any layout'}"
+    return f"decode {found['dtype']} {8 * int(found['halves'])} rows {WEIGHTS[found['weights']]}"
 
 
 def problems(figures):
@@ -95,19 +96,22 @@ def shared_memory():
     """Bytes a block, by rows: what a launch asks for, read off the emulator."""
     from batches import Batch
     from test_cuda import CHOICE
+    from test_cuda_nf4 import Quantized
 
     found = {}
     with emulated.emulating(emulated.build()) as emulator:
         for rows in (8, 16):
             Batch(m=rows, k=8, rank=1, dtype=torch.float16).run(CHOICE)
             found[f"{rows} rows"] = emulator.shared_bytes()
+            Quantized(m=rows, k=64, rank=1, dtype=torch.float16).run()
+            found[f"{rows} rows NF4"] = emulator.shared_bytes()
     return found
 
 
 @pytest.mark.compile
 def test_registers_are_as_recorded_and_nothing_spills():
     nvcc, record = find_nvcc(), json.loads(RECORD.read_text())
-    figures = compiled(nvcc, "csrc/cuda/decode.cu")
+    figures = compiled(nvcc, *setup_script().CUDA_SOURCES)
     assert figures.keys() == record["kernels"].keys() and not problems(figures)
     if version(nvcc) != record["nvcc"]:
         pytest.skip(f"nothing spills; the record of registers is nvcc {record['nvcc']}'s, and this is {version(nvcc)}")
@@ -116,9 +120,11 @@ def test_registers_are_as_recorded_and_nothing_spills():
 
 @pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ for the emulator")
 def test_shared_memory_is_as_recorded_and_two_blocks_fit():
+    """Into an SM of sm_80, or with NF4 of sm_90."""
     recorded = json.loads(RECORD.read_text())["shared"]
     assert shared_memory() == recorded
-    assert all(2 * (size + 1024) <= 164 * 1024 for size in recorded.values())
+    for name, size in recorded.items():
+        assert 2 * (size + 1024) <= (228 if "NF4" in name else 164) * 1024
 
 
 @pytest.mark.compile
@@ -130,7 +136,7 @@ def test_a_kernel_that_spills_is_refused(tmp_path):
 
 if __name__ == "__main__":
     nvcc = setup_script().find_nvcc() or sys.exit("no nvcc")
-    kernels = compiled(nvcc, "csrc/cuda/decode.cu")
+    kernels = compiled(nvcc, *setup_script().CUDA_SOURCES)
     lines = ",\n".join(f'"{name}": {json.dumps(found)}' for name, found in kernels.items())
     RECORD.write_text(
         f'{{"nvcc": "{version(nvcc)}", "shared": {json.dumps(shared_memory())},\n"kernels": {{\n{lines}\n}}}}\n'
