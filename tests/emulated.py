@@ -37,10 +37,7 @@ class Emulator:
         library.emulator_seed.argtypes = (ctypes.c_uint64,)
         library.emulator_allow.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
         self.library, self.seed, self.shared_bytes = library, library.emulator_seed, library.emulator_shared_bytes
-        self.decode, self.decode_nf4 = (library[f"lora_cuda_{infix}decode{nf4}"] for nf4 in ("", "_nf4"))
-        for launch in (self.decode, self.decode_nf4):
-            launch.argtypes = (ctypes.POINTER(cuda_library.Decode), ctypes.c_void_p)
-            launch.restype = ctypes.c_char_p
+        self.infix = infix
 
     def allow(self, begin, rows, stride, columns, itemsize=2):
         if begin and rows:
@@ -49,14 +46,20 @@ class Emulator:
     def lora_cuda_decode(self, p, stream):
         self.allow(p.w, _columns(p), p.stride_wn, (p.k - 1) * p.stride_wk + 1)
         self.allow_rest(p)
-        return self.decode(p, stream)
+        return self.launch("decode", p, stream)
 
     def lora_cuda_decode_nf4(self, p, stream):
         size = _columns(p) * p.k
         self.allow(p.w, 1, 0, size // 2, itemsize=1)
         self.allow(p.absmax, 1, 0, -(-size >> p.block_shift), itemsize=4)
         self.allow_rest(p)
-        return self.decode_nf4(p, stream)
+        return self.launch("decode_nf4", p, stream)
+
+    def launch(self, name, p, stream):
+        launch = self.library[f"lora_cuda_{self.infix}{name}"]
+        launch.argtypes = (ctypes.POINTER(cuda_library.Decode), ctypes.c_void_p)
+        launch.restype = ctypes.c_char_p
+        return launch(p, stream)
 
     def allow_rest(self, p):
         slices, n = p.slices[: p.num_slices], _columns(p)
@@ -80,9 +83,9 @@ def _array(address, kind, p):
     return (kind * p.num_slots).from_address(address)
 
 
-def _sources():
-    """What includes there are, and all kernels in one piece behind them."""
-    text = "".join((KERNELS / name).read_text() for name in ("decode.h", "decode.cu", "nf4.cu"))
+def _sources(*names):
+    """What includes there are, and the kernels in one piece behind them."""
+    text = "".join((KERNELS / name).read_text() for name in ("decode.h", *names))
     lines = text.replace('#include "decode.h"\n', "").replace("#pragma once\n", "").splitlines(keepends=True)
     includes = [line for line in lines if line.startswith("#include")]
     return "".join(includes), "".join(line for line in lines if line not in includes)
@@ -91,12 +94,12 @@ def _sources():
 @functools.cache
 def build() -> Emulator:
     """The kernels, emulated."""
-    return Emulator(_compiled("".join(_sources()), "-O1"))
+    return Emulator(_compiled("".join(_sources("decode.cu", "nf4.cu")), "-O1"))
 
 
-def build_faulty(faults: dict[str, tuple[str, str]]) -> dict[str, Emulator]:
-    """For each name the kernels for fp16 and 16 rows with a piece of their source replaced by another; in one compilation."""
-    includes, kernels = _sources()
+def build_faulty(source: str, faults: dict[str, tuple[str, str]]) -> dict[str, Emulator]:
+    """For each name the kernels for fp16 and 16 rows with a piece of `source` replaced by another; in one compilation."""
+    includes, kernels = _sources(source)
     kernels, sources = _replace(kernels, EVERY_KERNEL, ONE_KERNEL), []
     for i, (piece, by) in enumerate(faults.values()):
         renamed = (

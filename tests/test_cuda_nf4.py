@@ -2,11 +2,12 @@
 
 import random
 
+import emulated
 import pytest
 import torch
 from batches import Batch, assert_within_budget, on
 from conftest import DEVICE
-from test_cuda import HALF, every_dtype, needs_kernels, shuffle  # noqa: F401
+from test_cuda import HALF, ON_GPU, every_dtype, needs_kernels, shuffle  # noqa: F401
 
 from lora_kernels import BatchPlan, testing
 from lora_kernels.backends import cuda_nf4, launcher
@@ -103,6 +104,38 @@ def test_a_row_does_not_depend_on_its_company():
     y = batch.run()
     for rows in (slice(0, 1), slice(3, 5), slice(5, 13)):
         assert torch.equal(batch.run(rows=rows), y[rows])
+
+
+FAULTS = {
+    "the barrier behind the table": ("    barrier();\n\n    constexpr int kTurn", "    constexpr int kTurn"),
+    "the barrier of a warp": ("      warp_barrier();", ""),
+    "the wait for a stage": ("copy_wait<kGemmStages - 2>", "copy_wait<kGemmStages - 1>"),
+    "the order of a byte": ("kNormalFloat[i / 16], kNormalFloat[i % 16]", "kNormalFloat[i % 16], kNormalFloat[i / 16]"),
+    "a lane's byte": ("quarter % 2 * 16 + byte * 8", "quarter % 2 * 8 + byte * 16"),
+    "the row of a scale": ("16 * i + g + c / 2 * 8", "16 * i + g"),
+    "the block of a scale": ("(scaled + 32 * i * p.k) >>", "scaled >>"),
+    "the mask of K": ("left > 0 ? at.live : 0", "at.live"),
+    "the mask of W's rows": ("16 * i + lane / 2 < w_rows", "w_rows"),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    return emulated.build_faulty("nf4.cu", FAULTS)
+
+
+@pytest.mark.skipif(ON_GPU, reason="faults are planted in the emulator")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(faulty, fault):
+    with pytest.raises((AssertionError, RuntimeError)), emulated.emulating(faulty[fault]) as emulator:
+        launcher.reset()
+        try:
+            for seed in range(10):
+                emulator.seed(seed)
+                batch = Quantized(m=9, widths=(40, 70), k=832, slots=2, rank=4, dtype=torch.float16)
+                assert_within_budget(batch, batch.run())
+        finally:
+            launcher.reset()
 
 
 @pytest.mark.parametrize(
