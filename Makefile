@@ -47,10 +47,12 @@ clean:  ## remove what the targets above made
 
 $(VENV)/dev: requirements/torch.txt requirements/triton.txt requirements/cuda.txt requirements/dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
+# First: a torch for CUDA brings the runtime that it wants.
+	$(PIP) --no-deps -r requirements/cuda.txt
 	$(PIP) -r requirements/torch.txt
 	$(PIP) -c requirements/torch.txt -r requirements/dev.txt
 # Last and alone: torch asks for a triton of its own, and would get it back.
-	$(PIP) --no-deps -r requirements/triton.txt -r requirements/cuda.txt
+	$(PIP) --no-deps -r requirements/triton.txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
