@@ -2,12 +2,11 @@
 
 import torch
 
-from lora_kernels import dispatch
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
-def lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy):
-    """`y [M,N]` of the 2-D problem; differentiable in x, bias, lora_a and lora_b."""
-    plan = dispatch.plan_for(x, weight, lora_a, lora_b, dropout_p, backend, strategy)
+def lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan):
+    """`y [M,N]` of the 2-D problem by dispatch's `plan`; differentiable in x, bias, lora_a and lora_b."""
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -63,7 +62,7 @@ def no_double_backward(ctx, *grads):
 
 def autocasts(x) -> bool:
     """Whether autocast applies to x; it leaves fp64 alone, as everywhere in PyTorch."""
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def bias_gradient(dy):

@@ -61,7 +61,7 @@ def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) 
     tma = triton.tma_applies(x, weight, lora_a, lora_b)
     problem = Problem(
         x.shape[0], n, k, lora_a.shape[0], x.dtype, lora_a.dtype, dropout_p > 0.0,
-        x.device.type, goal.capability, goal.num_sms, tma, x.dtype == torch.float32 and triton.tf32_allowed(),
+        x.device.type, goal.capability, goal.num_sms, tma, uses_tf32(x.dtype),
     )  # fmt: skip
     return choose(problem, _asked_for(backend, problem), strategy)
 
@@ -72,9 +72,19 @@ def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> 
     distinct = min(len(adapters[0].ranks), max(plan.slots.numel(), 1))
     problem = Problem(
         x.shape[0], n, k, max(s.max_rank for s in adapters), x.dtype, x.dtype, False, x.device.type, goal.capability,
-        goal.num_sms, triton.tma_applies(x, weight), x.dtype == torch.float32 and triton.tf32_allowed(), distinct,
+        goal.num_sms, triton.tma_applies(x, weight), uses_tf32(x.dtype), distinct,
     )  # fmt: skip
     return choose(problem, _asked_for(backend, problem), strategy)
+
+
+def settings(dtype) -> tuple[str | None, bool]:
+    """What a choice for tensors of `dtype` depends on beside the call: the backend asked for, and tf32."""
+    return os.environ["LORA_KERNELS_BACKEND"] if "LORA_KERNELS_BACKEND" in os.environ else None, uses_tf32(dtype)
+
+
+def uses_tf32(dtype) -> bool:
+    """Whether products of `dtype` may run on tensor cores in tf32."""
+    return dtype == torch.float32 and triton.tf32_allowed()
 
 
 def _asked_for(backend, problem):
@@ -227,7 +237,7 @@ def explain(
         num_sms, tma = configs.architecture(capability).NUM_SMS, capability >= 90
     distinct = 0 if adapters is None else min(adapters, max(m, 1))
     tma = tma and not any(extent * dtype.itemsize % 16 for extent in (n, k, *(() if distinct else (r,))))
-    tf32 = dtype == torch.float32 and triton.tf32_allowed()
+    tf32 = uses_tf32(dtype)
     problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma, tf32, distinct)
     module = triton_batched if distinct else triton
     strategies = [

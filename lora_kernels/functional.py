@@ -10,6 +10,7 @@ from lora_kernels import autograd, dispatch, ops
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 
 MAX_RANK = 512
+REMEMBERED = 4096
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,18 +51,30 @@ def lora_linear(
     >>> torch.allclose(y, x @ weight.T, atol=1e-4)  # B = 0: the base layer
     True
     """
-    _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, strategy)
-    if autograd.autocasts(x):
+    traced, autocasts = ops.must_trace(x), isinstance(x, Tensor) and autograd.autocasts(x)
+    call = chosen = None
+    if not (traced or autocasts or backend or strategy):
+        tensors = (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
+        call = (*map(_signature, tensors), bool(dropout_p), dispatch.settings(x.dtype))
+        chosen = _known.get(call)
+    if chosen is None:
+        _check(x, weight, lora_a, lora_b, bias, backend, strategy)
+    _check_values(x, weight, scaling, dropout_p)
+    if autocasts:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    rows = x.reshape(-1, x.shape[-1])
-    if ops.must_trace(x):
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if traced:
         scaling = scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=torch.float64)
         y, _ = ops.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
     else:
-        y = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        if chosen is None:
+            chosen = dispatch.plan_for(rows, weight, lora_a, lora_b, dropout_p, backend, strategy)
+            if call is not None:
+                _remember(call, chosen)
+        y = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, chosen)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def lora_linear_batched(
@@ -100,16 +113,59 @@ def lora_linear_batched(
     True
     """
     adapters = (adapters,) if isinstance(adapters, LayerAdapters) else tuple(adapters)
-    _check_batched(x, weight, adapters, plan, bias)
-    rows = x.reshape(-1, x.shape[-1])
     if ops.must_trace(x) or autograd.autocasts(x):  # the operator keeps autocast out
+        _check_batched(x, weight, adapters, plan, bias)
+        _check_frozen(x, weight, adapters, bias)
         y = ops.lora_linear_batched(
-            rows, weight, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)), *plan.parts, backend, strategy
+            x.reshape(-1, x.shape[-1]), weight, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)),
+            *plan.parts, backend, strategy,
         )  # fmt: skip
-    else:
+        return y.view(*x.shape[:-1], weight.shape[0])
+    chosen = _checked_plan(x, weight, adapters, plan, bias, backend, strategy)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = chosen.forward(rows, weight, bias, adapters, plan)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _checked_plan(x, weight, adapters, plan, bias, backend, strategy):
+    """Dispatch's plan for arguments that are in order.
+
+    Python that the base layer has swept out of the caches takes as long as a small layer's adapters. So a layer's adapters
+    remember the last call that was in order, and the next one that looks like it is neither checked nor dispatched again.
+    """
+    memory = adapters[0].memory if adapters and type(adapters[0]) is LayerAdapters else {}
+    call = (
+        _signature(x), _signature(weight), None if bias is None else _signature(bias), adapters,
+        plan.signature if type(plan) is BatchPlan else None, backend, strategy, dispatch.settings(x.dtype),
+    )  # fmt: skip
+    known, chosen = memory.get("call", (None, None))
+    if call != known:
+        _check_batched(x, weight, adapters, plan, bias)
+        rows = x.reshape(-1, x.shape[-1])
         chosen = dispatch.batched_plan_for(rows, weight, adapters, plan, backend, strategy)
-        y = chosen.forward(rows, weight, bias, adapters, plan)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        memory["call"] = call, chosen
+    _check_frozen(x, weight, adapters, bias)
+    slots = adapters[0].ranks.shape[0]
+    if plan.slots.is_cpu and plan.largest_slot >= slots:
+        raise ValueError(f"plan: got slot {plan.largest_slot}, expected at most {slots - 1}, the last of the adapters")
+    return chosen
+
+
+_known: dict[tuple, dispatch.Plan] = {}
+
+
+def _remember(call, chosen):
+    """So that the next call of `lora_linear` that looks like this one is neither checked nor dispatched again."""
+    if len(_known) >= REMEMBERED:
+        _known.clear()
+    _known[call] = chosen
+
+
+def _signature(tensor):
+    """All that checks and dispatch read of a plain tensor, except whether it learns; anything else equals nothing."""
+    if type(tensor) not in ops.PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
+        return object()
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg(), tensor.data_ptr() % 16
 
 
 def _check_batched(x, weight, adapters, plan, bias):
@@ -152,13 +208,13 @@ def _check_batched(x, weight, adapters, plan, bias):
     for name, tensor in (("weight", weight), *(("adapters", s.a) for s in adapters), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, as x (cast one; autocast does not apply)")
-    learning = (x, weight, bias, *(t for s in adapters for t in (s.a, s.b)))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learning):
-        raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
-    if plan.slots.device.type == "cpu" and not ops.must_trace(x) and plan.largest_slot >= slots[0]:
-        raise ValueError(
-            f"plan: got slot {plan.largest_slot}, expected at most {slots[0] - 1}, the last of the adapters"
-        )
+
+
+def _check_frozen(x, weight, adapters, bias):
+    if torch.is_grad_enabled():
+        learning = (x, weight, bias, *(t for s in adapters for t in (s.a, s.b)))
+        if any(t is not None and t.requires_grad for t in learning):
+            raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
 
 
 def draw_seed(device) -> Tensor:
@@ -166,17 +222,20 @@ def draw_seed(device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, strategy):
+def _check(x, weight, lora_a, lora_b, bias, backend, strategy):
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
         tensors["bias"] = bias
     _check_tensors(tensors)
     _check_shapes(x, weight, lora_a, lora_b, bias)
     _check_dtypes(x, weight, lora_a, lora_b, bias)
-    _check_scaling(scaling, x)
     for name, choice in (("backend", backend), ("strategy", strategy)):
         if not isinstance(choice, (str, type(None))):
             raise TypeError(f"{name}: got {type(choice).__name__}, expected a name or None")
+
+
+def _check_values(x, weight, scaling, dropout_p):
+    _check_scaling(scaling, x)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a float in [0, 1)")
     if not 0.0 <= dropout_p < 1.0:

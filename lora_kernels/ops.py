@@ -31,6 +31,8 @@ _library.define(
     "Tensor distinct, str? backend=None, str? strategy=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 lora_linear = torch.ops.lora_kernels.lora_linear
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward
 lora_linear_batched = torch.ops.lora_kernels.lora_linear_batched
@@ -38,11 +40,7 @@ lora_linear_batched = torch.ops.lora_kernels.lora_linear_batched
 
 def must_trace(x: Tensor) -> bool:
     """Whether something watches the dispatcher (compile, export, fake tensors, selective checkpointing, a subclass)."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in (Tensor, torch.nn.Parameter)
-    )
+    return type(x) not in PLAIN or torch.compiler.is_compiling() or _dispatch_modes() > 0
 
 
 def _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend=None, strategy=None):

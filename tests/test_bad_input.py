@@ -108,28 +108,36 @@ CASES = {
 }  # fmt: skip
 
 
+def good():
+    return {"x": zeros(M, K), "weight": zeros(N, K), "lora_a": zeros(R, K), "lora_b": zeros(N, R), "scaling": 2.0}
+
+
 @pytest.fixture(autouse=True)
 def _nothing_runs(monkeypatch):
+    lora_linear(**good())  # which is remembered
     monkeypatch.setattr(dispatch.Plan, "forward", lambda *args: pytest.fail("a bad problem was run"))
 
 
 @pytest.mark.parametrize(("changes", "exception", "message"), CASES.values(), ids=CASES)
 def test_bad_input_is_named(changes, exception, message):
-    good = {"x": zeros(M, K), "weight": zeros(N, K), "lora_a": zeros(R, K), "lora_b": zeros(N, R), "scaling": 2.0}
     with pytest.raises(exception) as caught:
-        lora_linear(**good | changes)
+        lora_linear(**good() | changes)
     assert str(caught.value).startswith(message), caught.value
 
 
+def test_what_is_no_tensor_is_named_under_autocast():
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="x: got list"):
+        lora_linear(**good() | {"x": [[0.0] * K]})
+
+
 def test_a_strategy_that_cannot_run_the_problem_says_why():
-    good = (zeros(M, K), zeros(N, K), zeros(R, K), zeros(N, R), 2.0)
     with pytest.raises(
         NotImplementedError, match="backend='eager' and strategy='one_launch' cannot run this problem: "
     ):
-        lora_linear(*good, backend="eager", strategy="one_launch")
+        lora_linear(**good(), backend="eager", strategy="one_launch")
 
 
 def test_an_unknown_backend_in_the_environment_is_named(monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "cublas")
     with pytest.raises(ValueError, match="backend: got 'cublas', expected one of"):
-        lora_linear(zeros(M, K), zeros(N, K), zeros(R, K), zeros(N, R), 2.0)
+        lora_linear(**good())

@@ -1,5 +1,7 @@
 """Every bad argument of `lora_linear_batched`, `BatchPlan` and `LayerAdapters` is refused by name."""
 
+import copy
+
 import pytest
 import torch
 from batches import Batch, on
@@ -11,6 +13,7 @@ def call(**change):
     batch = Batch()
     plan = BatchPlan(batch.slots)
     arguments = dict(x=batch.x, weight=batch.weight, adapters=batch.adapters, plan=plan, bias=batch.bias)
+    lora_linear_batched(**arguments)  # which the adapters remember
     return lora_linear_batched(**{**arguments, **change})
 
 
@@ -143,3 +146,29 @@ def test_a_plan_is_judged_anew_after_an_update():
         call(plan=reused)
     reused.update(torch.zeros(40, dtype=torch.int32))
     call(plan=reused)
+
+
+def test_a_layer_is_judged_anew_after_a_change():
+    batch = Batch()
+    weight, where = torch.nn.Parameter(batch.weight, requires_grad=False), BatchPlan(batch.slots)
+    y = lora_linear_batched(batch.x, weight, batch.adapters, where)
+    weight.data = weight.data.half()
+    with pytest.raises(TypeError, match="weight: got torch.float16"):
+        lora_linear_batched(batch.x, weight, batch.adapters, where)
+    weight.data = weight.data.float().t()
+    with pytest.raises(ValueError, match=r"x: got shape \[40, 96\]"):
+        lora_linear_batched(batch.x, weight, batch.adapters, where)
+    weight.data = batch.weight
+    assert torch.equal(lora_linear_batched(batch.x, weight, batch.adapters, where), y)
+    with pytest.raises(NotImplementedError, match="no backward"):
+        lora_linear_batched(batch.x, weight.requires_grad_(), batch.adapters, where)
+
+
+def test_adapters_are_copied_without_what_they_remember():
+    batch = Batch()
+    (original,) = batch.adapters
+    y = lora_linear_batched(batch.x, batch.weight, original, BatchPlan(batch.slots))
+    assert original.memory
+    copied = copy.deepcopy(original)
+    assert not copied.memory
+    assert torch.equal(lora_linear_batched(batch.x, batch.weight, copied, BatchPlan(batch.slots)), y)

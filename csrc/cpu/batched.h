@@ -4,6 +4,7 @@
 // with the same adapter: threads and tiles only share out elements.
 #include <omp.h>
 #include "isa.h"
+#include "transpose.h"
 
 namespace {
 
@@ -163,11 +164,15 @@ inline void add_to_row(T* y, const float* terms, int64_t columns) {
   }
 }
 
-// b [ranks][kBlock] of the columns that lie stride_bn apart.
+// b [ranks][kBlock] of columns that lie `stride` apart, with their ranks side by side.
 template <class T>
-inline void transpose(const T* from, const LoraSlice& s, int64_t ranks, int64_t columns, T* b) {
+inline void transpose(const T* from, int64_t stride, int64_t ranks, int64_t columns, T* b) {
+  constexpr int64_t kSide = 16 / sizeof(T);
+  const int64_t whole_ranks = ranks - ranks % kSide, whole_columns = columns - columns % kSide;
+  for (int64_t n = 0; n < whole_columns; n += kSide)
+    for (int64_t r = 0; r < whole_ranks; r += kSide) transpose_tile(from + n * stride + r, stride, b + r * kBlock + n, kBlock);
   for (int64_t n = 0; n < columns; ++n)
-    for (int64_t r = 0; r < ranks; ++r) b[r * kBlock + n] = from[n * s.stride_bn + r * s.stride_br];
+    for (int64_t r = n < whole_columns ? whole_ranks : 0; r < ranks; ++r) b[r * kBlock + n] = from[n * stride + r];
 }
 
 // y's `columns` from `column` of its slice, for `count` rows which all use the same adapters.
@@ -184,7 +189,7 @@ inline void expand_block(const LoraBatch& p, const LoraSlice& s, const int64_t* 
     const T* b = static_cast<const T*>(s.b) + s.first_row[slot] * s.width + column * s.stride_bn;
     int64_t stride = s.stride_br;
     if (s.stride_bn != 1) {
-      transpose(b, s, ranks, columns, transposed);
+      transpose(b, s.stride_bn, ranks, columns, transposed);
       b = transposed, stride = kBlock;
     }
     const float* h[kRun];

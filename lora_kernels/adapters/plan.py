@@ -1,7 +1,7 @@
 """Who uses which adapter in this batch, and where one layer's adapters lie: all on the device, nothing read back."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -88,6 +88,11 @@ class BatchPlan:
         """-1 without rows. Read back to the host, once a step."""
         return int(self.slots.max()) if len(self) else -1
 
+    @functools.cached_property
+    def signature(self) -> tuple:
+        """What never changes: the shape and the device of slots."""
+        return self.slots.shape, self.slots.device
+
     @property
     def adapters_per_row(self) -> int:
         """S."""
@@ -115,7 +120,7 @@ def _check_weights(weights, slots):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerAdapters:
     """One layer's adapters, one a slot: each with room for the largest rank, or packed, each with rows for its own.
 
@@ -136,6 +141,7 @@ class LayerAdapters:
     scalings: Tensor
     first_row: Tensor | None = None
     max_rank: int | None = None
+    memory: dict = field(init=False, repr=False, default_factory=dict)  # what callers know of these very tensors
 
     def __post_init__(self):
         packed = self.first_row is not None
@@ -172,14 +178,17 @@ class LayerAdapters:
     def unchecked(cls, *fields) -> "LayerAdapters":
         """From all of another one's `fields`."""
         adapters = object.__new__(cls)
-        for name, value in zip(cls.__dataclass_fields__, fields, strict=True):
+        for name, value in zip(cls.__dataclass_fields__, (*fields, {}), strict=True):
             object.__setattr__(adapters, name, value)
         return adapters
+
+    def __reduce__(self):
+        return LayerAdapters.unchecked, self.fields
 
     @property
     def fields(self) -> tuple:
         """a, b, ranks, scalings, first_row, max_rank."""
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        return self.a, self.b, self.ranks, self.scalings, self.first_row, self.max_rank
 
     @property
     def strides_b(self) -> tuple[int, int]:
