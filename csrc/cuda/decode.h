@@ -5,9 +5,10 @@
 // the parts in their order, and the adapters' terms in the order of their slots. So a row's bits depend on the row, its own
 // adapters, the shapes and the number of parts alone: not on the order of the blocks, nor on the row's company.
 //
-// How W lies and is multiplied is the template parameter Weights; see Dense in decode.cu. x and W go from global memory to the tensor cores without ever meeting another thread: mma takes any order of K that both
-// operands share, so a lane's fragments of two instructions are 8 neighbours in memory. A thread's ring in shared memory is
-// its own, and the main loop has no barrier.
+// How W lies and is multiplied is a template parameter, `Weights`; see Dense in decode.cu. There x and W go from global memory
+// to the tensor cores without ever meeting another thread: mma takes any order of K that both operands share, so a lane's
+// fragments of two instructions are 8 neighbours in memory. A thread's ring in shared memory is its own, and the main loop
+// has no barrier.
 #pragma once
 #include "../lora.h"
 #include "device.h"
