@@ -1,4 +1,4 @@
-"""The compile gate of the CUDA kernels: for each architecture, registers and shared memory as recorded, and no spills.
+"""The compile gate of the CUDA kernels: for each architecture, registers, main loop and shared memory as recorded, no spills.
 
 `python tests/test_cuda_gate.py` writes the record anew.
 """
@@ -16,6 +16,7 @@ import emulated
 import pytest
 import torch
 
+machine_code = pytest.importorskip("lora_kernels.machine_code", reason="Triton brings nvdisasm")
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "resources" / "cuda_gate.json"
 ENTRY = re.compile(
@@ -66,15 +67,26 @@ def compiled(nvcc, *sources):
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         for source, option in itertools.product(sources, options):
-            command = [nvcc, *flags, option, str(source), "-o", str(Path(folder, "out"))]
+            cubin = Path(folder, "out.cubin")
+            command = [nvcc, *flags, option, str(source), "-o", str(cubin)]
             said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stderr
+            code = machine_code.disassemble(cubin.read_bytes())
             for entry in ENTRY.finditer(said):
                 figures[f"{entry['arch']} {_name(entry['name'])}"] = {
                     "registers": int(entry["registers"]),
                     "spills": int(entry["stores"]) + int(entry["loads"]),
                     "stack": int(entry["stack"]),
+                    **_main_loop(code[entry["name"]]),
                 }
     return dict(sorted(figures.items()))
+
+
+def _main_loop(instructions):
+    """Of the loop with the most MMAs, among those with asynchronous copies: how many instructions, MMAs and copies."""
+    loops = machine_code.main_loops(instructions)
+    loop = max(loops, key=lambda loop: machine_code.count(loop, machine_code.MMA), default=())
+    kinds = {"mma": machine_code.MMA, "copies": machine_code.ASYNC_COPY}
+    return {"loop": len(loop)} | {name: machine_code.count(loop, kind) for name, kind in kinds.items()}
 
 
 def _name(symbol):
@@ -109,12 +121,12 @@ def shared_memory():
 
 
 @pytest.mark.compile
-def test_registers_are_as_recorded_and_nothing_spills():
+def test_the_machine_code_is_as_recorded_and_nothing_spills():
     nvcc, record = find_nvcc(), json.loads(RECORD.read_text())
     figures = compiled(nvcc, *setup_script().CUDA_SOURCES)
     assert figures.keys() == record["kernels"].keys() and not problems(figures)
     if version(nvcc) != record["nvcc"]:
-        pytest.skip(f"nothing spills; the record of registers is nvcc {record['nvcc']}'s, and this is {version(nvcc)}")
+        pytest.skip(f"nothing spills; the record is nvcc {record['nvcc']}'s, and this is {version(nvcc)}")
     assert figures == record["kernels"], "run python tests/test_cuda_gate.py, and look at what it changes"
 
 

@@ -116,9 +116,10 @@ template <bool kAligned, int kStages, class T, int kGroups, int kHalves>
 DEVICE void stream(float (&sums)[kGroups][kHalves][4], const LoraDecode& p, Matrix<T> m, int part, Chunk* ring) {
   constexpr int kChunks = 2 * kGroups + kHalves;
   const int lane = thread() % 32, g = lane / 4;
-  const int64_t steps = (p.k + kStep - 1) / kStep, first = steps * part / p.parts;
-  const int count = static_cast<int>(steps * (part + 1) / p.parts - first);
-  const int64_t column = kAligned ? 1 : m.column_stride, k = first * kStep + thread() / 32 * 32 + lane % 4 * 8;
+  const int steps = static_cast<int>((p.k + kStep - 1) / kStep), first = steps * part / p.parts;
+  const int count = steps * (part + 1) / p.parts - first;
+  const int64_t column = kAligned ? 1 : m.column_stride;
+  const int64_t k = int64_t{first} * kStep + thread() / 32 * 32 + lane % 4 * 8;
   const T* w = m.rows + g * m.stride + k * column;
   const T* x = static_cast<const T*>(p.x) + g * p.stride_x + k;
   int64_t left = p.k - k;

@@ -39,9 +39,9 @@ struct NormalFloat4 {
     barrier();
 
     constexpr int kTurn = kScaled * kWarps;
-    const int64_t turns = (p.k + kTurn - 1) / kTurn, first = turns * part / p.parts;
-    const int count = static_cast<int>(turns * (part + 1) / p.parts - first);
-    const int64_t k = first * kTurn + warp * kScaled;
+    const int turns = static_cast<int>((p.k + kTurn - 1) / kTurn), first = turns * part / p.parts;
+    const int count = turns * (part + 1) / p.parts - first;
+    const int64_t k = int64_t{first} * kTurn + warp * kScaled;
     const char* packed = static_cast<const char*>(p.w) + ((at.in_y + lane / 2) * p.k + k) / 2 + lane % 2 * 16;
     const T* x = static_cast<const T*>(p.x) + g * p.stride_x + k + 16 * t;
     int64_t scaled = (at.in_y + lane) * p.k + k;  // an element of W whose scale this lane loads
