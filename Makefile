@@ -36,7 +36,8 @@ gpu:  ## every test on the local GPU; uses PYTHON as it is where its torch sees 
 	python=$(PYTHON); \
 	$$python -c "import pytest; $$sees_gpu" 2>/dev/null \
 	  || { $(MAKE) --no-print-directory $(VENV)/dev && python=$(BIN)/python && $$python -c "$$sees_gpu"; } || exit; \
-	set -x; PYTHONPATH=. LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile"
+	set -x; $$python setup.py -q build_ext --inplace; \
+	PYTHONPATH=. LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile"
 
 fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --n 2000
@@ -55,8 +56,10 @@ readme: $(VENV)/dev  ## regenerate the tables of README.md and docs/serving.md
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/dev: requirements/torch.txt requirements/triton.txt requirements/dev.txt pyproject.toml setup.py
+$(VENV)/dev: requirements/torch.txt requirements/triton.txt requirements/cuda.txt requirements/dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
+# First: a torch for CUDA brings the runtime that it wants.
+	$(PIP) --no-deps -r requirements/cuda.txt
 	$(PIP) -r requirements/torch.txt
 	$(PIP) -c requirements/torch.txt -r requirements/dev.txt
 # Last and alone: torch asks for a triton of its own, and would get it back.

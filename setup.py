@@ -21,7 +21,7 @@ SOURCES = {"csrc/binding.cpp": [], "csrc/cpu/generic.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {"csrc/cpu/avx2.cpp": AVX2, "csrc/cpu/avx512.cpp": AVX512}
     SOURCES |= {"csrc/cpu/avx512_bf16.cpp": [*AVX512, "-mavx512bf16"]}
-CUDA_SOURCES = ["csrc/cuda/decode.cu"]
+CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cuda/nf4.cu"]
 ARCHITECTURES = {"80": "[sm_80,compute_80]", "90a": "sm_90a", "100": "sm_100"}  # others compile what is for 80
 NVCC_FLAGS = shlex.split("-std=c++17 -O3 -shared -cudart=static -cudadevrt=none -Xcompiler=-fPIC,-fvisibility=hidden")
 NVCC_FLAGS += ["-Xlinker=--exclude-libs=ALL", f'-DLORA_CUDA_ARCHITECTURES="sm_{", sm_".join(ARCHITECTURES)}"']

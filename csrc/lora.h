@@ -34,10 +34,11 @@ struct LoraBatch {
 
 #define LORA_MAX_SLICES 16
 
-// A decoding step on a GPU: y = x W' + bias + the adapters of each row; csrc/cuda/decode.cu. Here first_rank of a slice
-// counts ranks in whole blocks of 16, since that is how they lie in h.
+// A decoding step on a GPU: y = x W' + bias + the adapters of each row; csrc/cuda. Here first_rank of a slice counts ranks in
+// whole blocks of 16, since that is how they lie in h.
 struct LoraDecode {
   const void *x, *w, *bias;
+  const float* absmax;  // where W is in 4 bits: the scale of each block of 2^block_shift elements
   void* y;
   const int32_t *slots, *segment, *distinct;  // as in adapters/plan.py
   const float* weights;                       // as slots, or null
@@ -45,7 +46,7 @@ struct LoraDecode {
   float* spill;                               // [tiles, parts, 64 columns of y, 8 or 16 rows], scratch
   int32_t* arrived;                           // zeros, and left so: of the shrink, and behind it of each tile
   int64_t rows, k, stride_x, stride_y, stride_wn, stride_wk, stride_h;
-  int32_t adapters_per_row, num_slots, num_slices, tiles, parts, shrinks, dtype, device;
+  int32_t adapters_per_row, num_slots, num_slices, tiles, parts, shrinks, dtype, device, block_shift;
   LoraSlice slices[LORA_MAX_SLICES];
 };
 

@@ -26,7 +26,7 @@ PAIRS = dict(m=7, widths=(40, 33), k=130, slots=6, rank=33, per_row=3)
 SHAPES = [
     dict(m=1, widths=(1,), k=1, slots=1, rank=1),
     dict(m=16, widths=(64,), k=512, slots=300, rank=16),
-    dict(m=8, widths=(200,), k=136, slots=3, rank=512),
+    dict(m=8, widths=(100,), k=72, slots=3, rank=512),
     dict(m=9, widths=(65,), k=999, slots=5, rank=7),
     dict(m=16, widths=(48,), k=64, slots=200, rank=3, per_row=9),  # more adapters than threads
     QKV,
@@ -64,7 +64,7 @@ def test_shapes_and_ranks_in_any_order(shuffle, shape):
     shape = dict(shape, dtype=HALF[shape["m"] % 2], device=DEVICE)
     for batch in (Batch(**shape), twin(Batch(**shape))):
         ys = []
-        for seed in range(3):
+        for seed in range(2):
             shuffle(seed)
             ys.append(batch.run(CHOICE))
         check(batch, ys[0])
@@ -198,7 +198,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def faulty():
-    return emulated.build_faulty(FAULTS)
+    return emulated.build_faulty("decode.cu", FAULTS)
 
 
 @needs_kernels
@@ -208,13 +208,14 @@ def test_a_planted_fault_is_found(faulty, fault):
     with pytest.raises((AssertionError, RuntimeError)), emulated.emulating(faulty[fault]) as emulator:
         launcher.reset()
         try:
-            for seed in range(20):
+            batch = Batch(m=9, widths=(40, 33, 70), k=200, slots=5, rank=24, dtype=torch.float16)
+            for seed in range(50):
                 emulator.seed(seed)
-                batch = Batch(m=9, widths=(40, 33, 70), k=304, slots=5, rank=24, dtype=torch.float16)
                 y = batch.run(CHOICE)
                 assert_within_budget(batch, y)
-                assert torch.equal(run_guarded(batch, random.Random(seed)), y)
-                assert_isolated(batch)
+                if seed == 1:
+                    assert torch.equal(run_guarded(batch, random.Random(seed)), y)
+                    assert_isolated(Batch(m=9, widths=(40, 33, 70), k=200, slots=5, rank=24, dtype=torch.float16))
         finally:
             launcher.reset()
 
@@ -255,10 +256,10 @@ def test_it_runs_on_request_only_and_explain_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "k", "num_sms", "parts"), [(64, 4096, 132, 2), (224, 4096, 132, 4), (16, 4096, 132, 8), (1, 100, 132, 1)]
+    ("tiles", "steps", "num_sms", "parts"), [(64, 32, 132, 2), (224, 32, 132, 4), (16, 32, 132, 8), (1, 1, 132, 1)]
 )
-def test_parts_share_out_the_work(tiles, k, num_sms, parts):
-    assert cuda_batched.parts_of(tiles, k, num_sms) == parts
+def test_parts_share_out_the_work(tiles, steps, num_sms, parts):
+    assert cuda_batched.parts_of(tiles, steps, num_sms) == parts
 
 
 @pytest.mark.skipif(isinstance(cuda_library.library(), str), reason="the CUDA kernels are not built")

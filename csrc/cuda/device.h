@@ -18,10 +18,12 @@ struct fp16 {
 #else
 
 #define DEVICE __device__ __forceinline__
+#define CONSTANT __constant__ const
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block() { return blockIdx.x; }
 DEVICE void barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE unsigned votes(bool vote) { return __ballot_sync(~0u, vote); }
 
 DEVICE char* shared_memory() {
@@ -40,6 +42,11 @@ DEVICE T read(const T* from) {
 DEVICE void copy_async(Chunk* shared, const void* global, bool live) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(live ? 16 : 0)
+               : "memory");
+}
+DEVICE void copy_async(float* shared, const float* global, bool live) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(live ? 4 : 0)
                : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -13,11 +13,11 @@ MAX_SLICES = 16
 
 class Decode(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "w", "bias", "y", "slots", "segment", "distinct", "weights")),
+        *((name, c_void_p) for name in ("x", "w", "bias", "absmax", "y", "slots", "segment", "distinct", "weights")),
         *((name, c_void_p) for name in ("planes", "spill", "arrived")),
         *((name, c_int64) for name in ("rows", "k", "stride_x", "stride_y", "stride_wn", "stride_wk", "stride_h")),
         *((name, c_int32) for name in ("adapters_per_row", "num_slots", "num_slices", "tiles", "parts", "shrinks")),
-        *((name, c_int32) for name in ("dtype", "device")),
+        *((name, c_int32) for name in ("dtype", "device", "block_shift")),
         ("slices", Slice * MAX_SLICES),
     ]
 
@@ -37,8 +37,9 @@ def library() -> ctypes.CDLL | str:
             "install lora_kernels again"
         )
     found.lora_cuda_architectures.restype = c_char_p
-    found.lora_cuda_decode.argtypes = (POINTER(Decode), c_void_p)
-    found.lora_cuda_decode.restype = c_char_p
+    for launch in (found.lora_cuda_decode, found.lora_cuda_decode_nf4):
+        launch.argtypes = (POINTER(Decode), c_void_p)
+        launch.restype = c_char_p
     return found
 
 

@@ -14,7 +14,8 @@
 #include <string>
 #include <vector>
 
-#define DEVICE static inline
+#define DEVICE inline
+#define CONSTANT static const
 #define __global__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -26,10 +27,11 @@ struct float2 {
 namespace emulator {
 
 struct Copy {
-  Chunk* to;
+  void* to;
   const void* from;
+  size_t bytes;
   bool live;
-  void run() const { live ? memcpy(to, from, sizeof *to) : memset(to, 0, sizeof *to); }
+  void run() const { live ? memcpy(to, from, bytes) : memset(to, 0, bytes); }
 };
 
 struct Store {
@@ -240,6 +242,11 @@ DEVICE void barrier() {
   emulator::leave();
 }
 
+DEVICE void warp_barrier() {
+  int nothing = 0;
+  emulator::meet("warp_barrier", nothing, [](int* const*) {});
+}
+
 DEVICE unsigned votes(bool vote) {
   struct Operands {
     bool vote;
@@ -252,10 +259,11 @@ DEVICE unsigned votes(bool vote) {
   return operands.all;
 }
 
-DEVICE void copy_async(Chunk* shared, const void* global, bool live) {
-  emulator::aligned(shared, 16, "the target of a copy");
-  if (live) emulator::aligned(global, 16, "the source of a copy"), emulator::within(global, 16);
-  const emulator::Copy copy{shared, global, live};
+template <class T>
+DEVICE void copy_async(T* shared, const void* global, bool live) {
+  emulator::aligned(shared, sizeof(T), "the target of a copy");
+  if (live) emulator::aligned(global, sizeof(T), "the source of a copy"), emulator::within(global, sizeof(T));
+  const emulator::Copy copy{shared, global, sizeof(T), live};
   emulator::draw() % 2 ? copy.run() : emulator::self->copies.back().push_back(copy);
 }
 template <class T>
