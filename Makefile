@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile gpu fuzz bench lint readme clean
+.PHONY: help demo test compile sanitize gpu fuzz bench lint readme clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,12 +20,24 @@ test: $(VENV)/dev  ## every test that needs no GPU: the interpreter, then the cr
 compile: $(VENV)/dev  ## the static gate alone: cross-compile every kernel and read the machine code
 	$(BIN)/python -m lora_kernels compile
 
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+CSRC_TESTS := tests/test_csrc.py tests/test_cpu_training.py tests/test_batched.py tests/test_functional.py
+
+sanitize: $(VENV)/dev  ## the compiled CPU kernels under the address and undefined-behaviour sanitizers
+	@set -e; python=$$(realpath -s $(BIN)/python); copy=$$(mktemp -d); trap 'rm -rf $$copy' EXIT; \
+	cp -r csrc lora_kernels tests setup.py pyproject.toml README.md LICENSE $$copy; cd $$copy; rm -f lora_kernels/*.so; \
+	CXX="g++ $(SANITIZERS)" LORA_KERNELS_BUILD=cpu $$python setup.py -q build_ext --inplace; \
+	set -x; LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYTHONPATH=. \
+	ASAN_OPTIONS=detect_leaks=0 $$python -m pytest -q --capture=sys $(CSRC_TESTS) \
+	  -k "(cpu or isa or set or thread or company) and not wheel and not builds"
+
 gpu:  ## every test on the local GPU; uses PYTHON as it is where its torch sees the GPU
 	@sees_gpu='import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU here")'; \
 	python=$(PYTHON); \
 	$$python -c "import pytest; $$sees_gpu" 2>/dev/null \
 	  || { $(MAKE) --no-print-directory $(VENV)/dev && python=$(BIN)/python && $$python -c "$$sees_gpu"; } || exit; \
-	set -x; PYTHONPATH=. LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile"
+	set -x; $$python setup.py -q build_ext --inplace; \
+	PYTHONPATH=. LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile"
 
 fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --n 2000
@@ -44,8 +56,10 @@ readme: $(VENV)/dev  ## regenerate the tables of README.md and docs/serving.md
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/dev: requirements/torch.txt requirements/triton.txt requirements/dev.txt pyproject.toml setup.py
+$(VENV)/dev: requirements/torch.txt requirements/triton.txt requirements/cuda.txt requirements/dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
+# First: a torch for CUDA brings the runtime that it wants.
+	$(PIP) --no-deps -r requirements/cuda.txt
 	$(PIP) -r requirements/torch.txt
 	$(PIP) -c requirements/torch.txt -r requirements/dev.txt
 # Last and alone: torch asks for a triton of its own, and would get it back.

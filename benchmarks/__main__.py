@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [train] [host] [pool] [cpu] [--full]`."""
+"""Run the benchmarks: `python -m benchmarks [train] [host] [pool] [cpu] [cpu_roofline] [--full]`."""
 
 import argparse
 from importlib import import_module
@@ -6,7 +6,7 @@ from importlib import import_module
 from benchmarks.report import refuse_interpreter
 
 TIMED = ("train", "host")
-ON_REQUEST = ("pool", "cpu")
+ON_REQUEST = ("pool", "cpu", "cpu_roofline")
 
 
 def main() -> None:

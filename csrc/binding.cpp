@@ -9,15 +9,17 @@ struct Isa {
   const char* name;
   bool (*supported)();
   void (*batched)(const LoraBatch&);
+  bool (*forward)(const LoraLinear&);
+  bool (*backward)(const LoraLinear&);
 };
 
 const Isa kIsas[] = {  // the best first
 #if defined(__x86_64__)
-    {"avx512_bf16", [] { return avx512::supported() && __builtin_cpu_supports("avx512bf16"); }, avx512_bf16::batched},
-    {"avx512", avx512::supported, avx512::batched},
-    {"avx2", avx2::supported, avx2::batched},
+    {"avx512_bf16", avx512_bf16::supported, avx512_bf16::batched, avx512_bf16::forward, avx512_bf16::backward},
+    {"avx512", avx512::supported, avx512::batched, avx512::forward, avx512::backward},
+    {"avx2", avx2::supported, avx2::batched, avx2::forward, avx2::backward},
 #endif
-    {"generic", [] { return true; }, generic::batched},
+    {"generic", [] { return true; }, generic::batched, generic::forward, generic::backward},
 };
 constexpr int kCount = sizeof kIsas / sizeof *kIsas;
 
@@ -43,5 +45,10 @@ EXPORT int32_t lora_batched(LoraBatch* batch, int32_t isa) {
   free(batch->h);
   return 1;
 }
+
+// y and h, or the gradients, of `linear`; false where there is no memory for packed operands.
+EXPORT int32_t lora_forward(const LoraLinear* linear, int32_t isa) { return kIsas[isa].forward(*linear); }
+
+EXPORT int32_t lora_backward(const LoraLinear* linear, int32_t isa) { return kIsas[isa].backward(*linear); }
 
 }

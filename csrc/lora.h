@@ -1,8 +1,8 @@
-// What crosses the border to Python: plain structs, mirrored in lora_kernels/backends/cpu_library.py.
+// What crosses the border to Python: plain structs, mirrored in lora_kernels/backends/cpu_library.py and cuda_library.py.
 #pragma once
 #include <stdint.h>
 
-#define LORA_ABI 1  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_ABI 3  // raise it with any change below, so that Python refuses a library built from other sources
 #define LORA_MAX_RANK 512
 
 enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
@@ -30,4 +30,41 @@ struct LoraBatch {
   float* h;  // [sum of max_rank, rows adapters_per_row], scratch that lora_batched allocates
   int64_t rows, k, stride_x, stride_y, adapters_per_row, num_slots, num_slices;
   int32_t dtype, threads;
+};
+
+#define LORA_MAX_SLICES 16
+
+// A decoding step on a GPU: y = x W' + bias + the adapters of each row; csrc/cuda. Here first_rank of a slice counts ranks in
+// whole blocks of 16, since that is how they lie in h.
+struct LoraDecode {
+  const void *x, *w, *bias;
+  const float* absmax;  // where W is in 4 bits: the scale of each block of 2^block_shift elements
+  void* y;
+  const int32_t *slots, *segment, *distinct;  // as in adapters/plan.py
+  const float* weights;                       // as slots, or null
+  float* planes;                              // [parts, entries, stride_h], scratch
+  float* spill;                               // [tiles, parts, 64 columns of y, 8 or 16 rows], scratch
+  int32_t* arrived;                           // zeros, and left so: of the shrink, and behind it of each tile
+  int64_t rows, k, stride_x, stride_y, stride_wn, stride_wk, stride_h;
+  int32_t adapters_per_row, num_slots, num_slices, tiles, parts, shrinks, dtype, device, block_shift;
+  LoraSlice slices[LORA_MAX_SLICES];
+};
+
+// One layer of a training step; matrices are row-major, with rows `stride_` elements apart, or contiguous without a stride.
+struct LoraLinear {
+  const void* x;     // [m, k]
+  const void* a;     // [r, k]
+  const void* b;     // [n, r]
+  const void* bias;  // [n], or null
+  void* h;           // [m, r]: scaling drop(x) A'; written by forward, read by backward
+  void* y;           // [m, n]: forward writes bias + h B'
+  const void* dy;    // [m, n]
+  void* dx;          // [m, k]: backward writes drop(g A), g = scaling dy B; null where it is not needed, as da and db
+  void* da;          // [r, k]: g' drop(x)
+  void* db;          // [n, r]: dy' h
+  int64_t m, n, k, r, stride_x, stride_a, stride_b, stride_dy;
+  int64_t seed;
+  int32_t keep_threshold;  // of the 65,536 values of a lane, or -1 without dropout
+  float keep_scale, scaling;
+  int32_t dtype, gradient_dtype, threads;  // the latter: of da and db
 };

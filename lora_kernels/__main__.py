@@ -89,7 +89,7 @@ def _info(*_):
     import torch
 
     from lora_kernels import __version__
-    from lora_kernels.backends import BACKENDS, cpu_library, triton
+    from lora_kernels.backends import BACKENDS, ON_REQUEST, cpu_library, cuda_library, triton
     from lora_kernels.dispatch import Problem
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -107,15 +107,23 @@ def _info(*_):
         device=device.type, capability=target.capability, num_sms=target.num_sms, tma=target.tma,
     )  # fmt: skip
     for name, backend in BACKENDS.items():
-        reasons = backend.reasons_unsupported(problem)
+        try:
+            reasons = backend.reasons_unsupported(problem)
+        except ValueError as error:  # of LORA_KERNELS_CPU_ISA
+            reasons = [str(error)]
         print(f"{name:<13} {'not usable here: ' + '; '.join(reasons) if reasons else 'usable'}")
     if isinstance(reason := cpu_library.library(), str):
-        print(f"csrc          not usable here: {reason}")
+        print(f"csrc/cpu      not usable here: {reason}")
     else:
         sets = (
             name if there else f"{name} (not on this machine)" for name, there in cpu_library.instruction_sets().items()
         )
-        print(f"csrc          batched inference on the CPU; built for {', '.join(sets)}; uses {_instruction_set()}")
+        print(f"csrc/cpu      the CPU's kernels; built for {', '.join(sets)}; uses {_instruction_set()}")
+    if isinstance(reason := cuda_library.library(), str):
+        print(f"csrc/cuda     not usable here: {reason}")
+    else:
+        built = f"batched inference of up to 16 rows on a GPU; built for {cuda_library.architectures()}"
+        print(f"csrc/cuda     {built}; on request only: {ON_REQUEST['cuda']}")
 
 
 def _instruction_set():

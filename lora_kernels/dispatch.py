@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels import configs, roofline
-from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, triton, triton_batched
+from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, ON_REQUEST, triton, triton_batched
 from lora_kernels.backends.dequantized import Dequantized
 from lora_kernels.formats import QuantizedWeight, named
 
@@ -124,7 +124,7 @@ def choose(problem: Problem, backend: str | None = None, strategy: str | None = 
     if strategy is not None and strategy not in known:
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(sorted(known))}")
     against = []
-    for name in (backend,) if backend else backends:
+    for name in (backend,) if backend else (name for name in backends if name not in ON_REQUEST):
         reasons = _reasons(backends[name], strategy, problem)
         if not reasons:
             chosen, why = (strategy, "asked for") if strategy else _best_strategy(backends[name], problem)
@@ -211,6 +211,8 @@ class Explanation:
         ]
         for strategy, cost in self.costs.items():
             lines.append(_line(strategy, cost, self.base) + "".join(f"  ({r})" for r in self.reasons[strategy]))
+        if p.distinct and backend not in ON_REQUEST:
+            lines += (f"{name:12s} on request only: {why}" for name, why in ON_REQUEST.items())
         return "\n".join(lines)
 
 

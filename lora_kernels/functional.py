@@ -38,7 +38,7 @@ def lora_linear(
               read on the host and so not checked when it lies on a GPU
     bias      `[N]`, same dtype as x; gets a gradient if it requires one
     dropout_p in [0, 1): the share of x's elements hidden from the adapter (never from the base layer)
-    backend   None (dispatch decides), "triton" or "eager"
+    backend   None (dispatch decides), "triton", "cpu" or "eager"
     strategy  None (dispatch decides), "single_pass", "extended", "one_launch" or "chained"
 
     Returns `y [..., N]` in x's dtype. Under autocast x, weight and bias are cast to its dtype, as in `F.linear`.

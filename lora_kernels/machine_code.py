@@ -82,9 +82,9 @@ def compile_launch(kernel, args: tuple, constants: dict, config, capability: int
 
 def measure(code: Code) -> Figures:
     has_mma = any(dot.tensor_core for loop in _dot_loops(code.asm["ttir"]) for dot in loop.dots)
-    instructions = _disassemble(code.asm["cubin"]) if has_mma else []  # a third of the time goes into this
-    loops = _innermost([loop for loop in _loops(instructions) if _count(loop, MMA)])
-    loops = [loop for loop in loops if _count(loop, ASYNC_COPY)] or loops
+    loops = (
+        main_loops(*disassemble(code.asm["cubin"]).values()) if has_mma else []
+    )  # a third of the time goes into this
     body = [instruction for loop in loops for instruction in loop]
     used = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", code.ptxas_log)
     stack, stored, loaded = map(int, used.groups())
@@ -96,7 +96,7 @@ def measure(code: Code) -> Figures:
         mma=dict(collections.Counter(_mma_name(i.opcode) for i in body if i.opcode.startswith(MMA))),
         buffers=max(map(int, _BUFFERS.findall(code.asm["ttgir"])), default=1),
         wait_depth=min((int(n, 16) for i in body for n in re.findall(r"gsb0,0x(\w+)", i.operands)), default=None),
-        async_copies=_count(body, ASYNC_COPY),
+        async_copies=count(body, ASYNC_COPY),
         narrowest_load=min((_load_bytes(i.opcode) for i in body if i.opcode.startswith(LOAD)), default=None),
         loop_length=max(map(len, loops), default=0),
     )
@@ -228,17 +228,27 @@ class _Instruction(NamedTuple):
         return self.guarded or not always
 
 
-def _disassemble(cubin: bytes) -> list[_Instruction]:
+def disassemble(cubin: bytes) -> dict[str, list[_Instruction]]:
+    """The instructions of each function."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "-json", file.name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    _, (function, *_) = json.loads(output)
-    return [
-        _Instruction(16 * index, "predicate" in i, i["opcode"], i.get("operands", ""))
-        for index, i in enumerate(function["sass-instructions"])
-    ]
+    _, functions = json.loads(output)
+    return {
+        function["function-name"]: [
+            _Instruction(16 * index, "predicate" in i, i["opcode"], i.get("operands", ""))
+            for index, i in enumerate(function["sass-instructions"])
+        ]
+        for function in functions
+    }
+
+
+def main_loops(instructions, *_) -> list[list[_Instruction]]:
+    """The innermost loops of a function with an MMA, if possible those with asynchronous copies."""
+    loops = _innermost([loop for loop in _loops(instructions) if count(loop, MMA)])
+    return [loop for loop in loops if count(loop, ASYNC_COPY)] or loops
 
 
 def _loops(instructions) -> list[list[_Instruction]]:
@@ -289,7 +299,7 @@ def _innermost(loops):
     return [loop for loop in loops if not any(set(other) < set(loop) for other in loops)]
 
 
-def _count(instructions, opcodes) -> int:
+def count(instructions, opcodes) -> int:
     return sum(i.opcode.startswith(opcodes) for i in instructions)
 
 

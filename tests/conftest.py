@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from compiled import ask_for  # noqa: F401  a fixture
 
 from lora_kernels import dispatch, testing
 from lora_kernels.backends import BACKENDS

@@ -1,6 +1,5 @@
 """The compiled CPU kernels: every instruction set, any number of threads, and installs with and without a compiler."""
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import Batch, assert_within_budget
+from compiled import SETS, every_set, needs_library, on_threads
 
 from lora_kernels import __main__ as command_line
 from lora_kernels.backends import cpu_library
@@ -20,10 +20,6 @@ from lora_kernels.dispatch import Problem, choose
 ROOT = Path(__file__).resolve().parent.parent
 CHOICE = ("cpu", "chained")
 PROBLEM = Problem(32, 64, 64, 16, torch.bfloat16, torch.bfloat16, False, "cpu", 0, 3, False, distinct=32)
-BUILT = isinstance(cpu_library.library(), ctypes.CDLL)
-SETS = cpu_library.instruction_sets() if BUILT else {}
-needs_library = pytest.mark.skipif(not BUILT, reason=str(cpu_library.library()))
-every_set = pytest.mark.parametrize("isa", SETS)
 SHAPES = [
     dict(),
     dict(m=20, widths=(72, 40, 33), k=64, slots=4, rank=16),
@@ -32,26 +28,6 @@ SHAPES = [
     dict(m=70, widths=(1093,), k=37, slots=2, rank=7),
     dict(m=9, widths=(200,), k=130, slots=3, rank=512),
 ]
-
-
-@pytest.fixture
-def ask_for(monkeypatch):
-    """A function that sets LORA_KERNELS_CPU_ISA, which is otherwise read once a process."""
-
-    def forget():
-        cpu_library.instruction_set.cache_clear()
-        cpu_library.batched.cache_clear()
-        choose.cache_clear()
-
-    def ask(name):
-        monkeypatch.setenv("LORA_KERNELS_CPU_ISA", name)
-        forget()
-        if SETS.get(name) is False:
-            pytest.skip(f"this machine has no {name}")
-
-    yield ask
-    monkeypatch.undo()
-    forget()
 
 
 @needs_library
@@ -66,16 +42,7 @@ def test_every_instruction_set_is_right_with_any_number_of_threads(ask_for, isa,
     y = batch.run(CHOICE)
     assert_within_budget(batch, y)
     for threads in (2, 3, 16):
-        assert torch.equal(on_threads(threads, batch), y)
-
-
-def on_threads(threads, batch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return batch.run(CHOICE)
-    finally:
-        torch.set_num_threads(before)
+        assert torch.equal(on_threads(threads, batch.run, CHOICE), y)
 
 
 @needs_library
@@ -198,8 +165,9 @@ def contents(source):
 def test_an_install_without_a_compiler_is_pure_python_and_says_so(source, what):
     run = build(source, what, PATH="", LORA_KERNELS_BUILD="auto")
     assert run.returncode == 0, run.stderr
-    said = [line for line in run.stderr.splitlines() if "without its CPU kernels" in line]
-    assert len(said) == 1 and "install g++" in said[0]
+    for kernels, compiler in (("CPU", "g++"), ("CUDA", "nvcc")):
+        said = [line for line in run.stderr.splitlines() if f"without its {kernels} kernels" in line]
+        assert len(said) == 1 and f"install {compiler}" in said[0]
     _, names = contents(source)
     assert ("lora_kernels/functional.py" in names) == (what == "wheel")
     assert not any(name.endswith(".so") for name in names) and not list(source.rglob("*.so"))
@@ -220,7 +188,11 @@ def test_one_wheel_serves_every_python(source):
 
 @pytest.mark.parametrize(
     ("mode", "message"),
-    [("cuda", "still to come"), ("fast", "got 'fast', expected auto, cpu or none"), ("cpu", "no-such-compiler")],
+    [
+        ("cuda", "no-such-compiler"),
+        ("fast", "got 'fast', expected auto, cpu, cuda or none"),
+        ("cpu", "no-such-compiler"),
+    ],
 )
 def test_builds_that_cannot_be_fail_with_the_reason(source, mode, message):
     run = build(source, LORA_KERNELS_BUILD=mode, CXX="no-such-compiler")

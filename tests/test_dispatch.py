@@ -87,7 +87,7 @@ def test_what_cannot_run_is_refused_with_the_reason(change, strategy, reason):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="backend: got 'cuda'.*triton, eager"):
+    with pytest.raises(ValueError, match="backend: got 'cuda'.*triton, cpu, eager"):
         choose(problem(), backend="cuda")
     with pytest.raises(ValueError, match="strategy: got 'fast'.*chained, extended"):
         choose(problem(), strategy="fast")
@@ -101,10 +101,11 @@ def test_environment_overrides_and_argument_wins(monkeypatch):
     assert dispatch.plan_for(x, weight, lora_a, lora_b, 0.0, backend="eager").strategy == "chained"
     with pytest.raises(ValueError, match="nonsense"):
         dispatch.plan_for(x, weight, lora_a, lora_b, 0.0)
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "cpu")  # of batches alone
+    monkeypatch.setitem(BATCHED_BACKENDS, "of_batches", None)
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "of_batches")
     dispatch.plan_for(x, weight, lora_a, lora_b, 0.0)
-    with pytest.raises(ValueError, match="backend: got 'cpu'"):
-        dispatch.plan_for(x, weight, lora_a, lora_b, 0.0, backend="cpu")
+    with pytest.raises(ValueError, match="backend: got 'of_batches'"):
+        dispatch.plan_for(x, weight, lora_a, lora_b, 0.0, backend="of_batches")
 
 
 def test_environment_overrides_batches_and_explanations(monkeypatch):
@@ -145,7 +146,8 @@ def test_a_fast_path_that_does_not_apply_is_said_once(caplog):
     assert sum("lora_b or y are not on 16-byte boundaries, so no TMA" in message for message in messages) == 1
     assert sum("x, weight or y are not on 16-byte boundaries, so no TMA" in message for message in messages) == 1
     assert sum("float64 has no Triton kernel" in message for message in messages) == 1
-    assert len(messages) == 3
+    assert sum("cpu: x is on cuda, not the CPU" in message for message in messages) == 1
+    assert len(messages) == 4
 
 
 def test_explanation_says_what_why_and_that_nothing_is_measured():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from compiled import BUILT
 from conftest import DEVICE, STRATEGIES, every_strategy, supports
 
 from lora_kernels import functional, reference, testing
@@ -106,7 +107,9 @@ def tensors(**changes):
 
 def test_every_strategy_of_a_backend_is_exercised_here():
     assert ("eager", "chained") in STRATEGIES
-    assert {backend for backend, _ in STRATEGIES} == {"eager"} or len(STRATEGIES) == 5
+    compiled = ("cpu", "chained") in STRATEGIES
+    assert compiled == (DEVICE == "cpu" and BUILT)
+    assert {backend for backend, _ in STRATEGIES} <= {"cpu", "eager"} or len(STRATEGIES) == 5 + compiled
 
 
 def test_one_dimensional_x(pair):

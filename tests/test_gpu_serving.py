@@ -318,12 +318,12 @@ def find_sanitizer():
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]))
 
 
-def sanitized(tool, action):
-    """A run of this file under compute-sanitizer; each tensor is an allocation of its own, whose end memcheck knows."""
+def sanitized(tool, action, file=__file__):
+    """A run of a file under compute-sanitizer; each tensor is an allocation of its own, whose end memcheck knows."""
     program = find_sanitizer()
     if program is None:
         pytest.skip("compute-sanitizer is not installed (looked in PATH, and in CUDA_HOME and CUDA's usual place)")
-    command = [program, "--tool", tool, "--error-exitcode", "3", sys.executable, __file__, action]
+    command = [program, "--tool", tool, "--error-exitcode", "3", sys.executable, file, action]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
     return run.returncode, run.stdout + run.stderr

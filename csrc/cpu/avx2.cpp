@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kTileRows = 4, kTileVectors = 3;  // of a product: what the registers hold
 using Vec = __m256;
 
 inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
@@ -42,3 +43,4 @@ inline void store(fp16* to, Vec v) {
 #include "parts.h"
 #include "dot.h"
 #include "batched.h"
+#include "linear.h"

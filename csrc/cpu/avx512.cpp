@@ -2,3 +2,4 @@
 #include "avx512.h"
 #include "dot.h"
 #include "batched.h"
+#include "linear.h"

@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kTileRows = 8, kTileVectors = 3;  // of a product: what the registers hold
 using Vec = __m512;
 
 inline Vec broadcast(float value) { return _mm512_set1_ps(value); }

@@ -19,3 +19,4 @@ struct Dot<bf16> {
 }  // namespace
 
 #include "batched.h"
+#include "linear.h"

@@ -15,10 +15,6 @@ constexpr int kShare = 64;            // columns of y that are never shared betw
 constexpr int64_t kChunk = 1024;      // columns that all rows visit before the next: B stays in the cache
 constexpr int kRun = 16;              // rows of one adapter for which B is read once
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t rank_of(const LoraBatch& p, const LoraSlice& s, int32_t slot) {
   return slot < 0 || slot >= p.num_slots ? 0 : larger(0, smaller(s.ranks[slot], s.max_rank));
 }

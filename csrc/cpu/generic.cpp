@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kTileRows = 4, kTileVectors = 2;  // of a product: what the registers hold
 typedef float Vec __attribute__((vector_size(16)));
 
 inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
@@ -23,3 +24,4 @@ inline void store(T* to, Vec v) {
 #include "parts.h"
 #include "dot.h"
 #include "batched.h"
+#include "linear.h"

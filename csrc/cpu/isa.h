@@ -4,6 +4,8 @@
 
 namespace generic {
 void batched(const LoraBatch&);
+bool forward(const LoraLinear&);
+bool backward(const LoraLinear&);
 }
 #if defined(__x86_64__)
 namespace avx2 {
@@ -11,6 +13,8 @@ inline bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 void batched(const LoraBatch&);
+bool forward(const LoraLinear&);
+bool backward(const LoraLinear&);
 }  // namespace avx2
 namespace avx512 {
 inline bool supported() {
@@ -18,8 +22,13 @@ inline bool supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 void batched(const LoraBatch&);
+bool forward(const LoraLinear&);
+bool backward(const LoraLinear&);
 }  // namespace avx512
 namespace avx512_bf16 {
+inline bool supported() { return avx512::supported() && __builtin_cpu_supports("avx512bf16"); }
 void batched(const LoraBatch&);
+bool forward(const LoraLinear&);
+bool backward(const LoraLinear&);
 }
 #endif

@@ -1,5 +1,5 @@
-// 16-bit floats, one at a time. Anonymous, as all that is compiled once an instruction set: were two copies of a
-// function merged by the linker, the AVX-512 one could run where there is no AVX-512.
+// Sizes, and 16-bit floats, one at a time. Anonymous, as all that is compiled once an instruction set: were two copies of
+// a function merged by the linker, the AVX-512 one could run where there is no AVX-512.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -16,6 +16,10 @@ inline To bit_cast(From from) {
   memcpy(&to, &from, sizeof to);
   return to;
 }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline float widen(float value) { return value; }
 inline float widen(bf16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }

@@ -6,11 +6,11 @@ It is plain C, called by ctypes: one build serves every Python and every torch, 
 import ctypes
 import functools
 import os
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 1
+ABI = 3
 
 
 class Slice(ctypes.Structure):
@@ -25,6 +25,15 @@ class Batch(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "y", "slots", "order", "weights", "slices", "h")),
         *((name, c_int64) for name in ("rows", "k", "stride_x", "stride_y", "adapters_per_row", "num_slots")),
         *(("num_slices", c_int64), ("dtype", c_int32), ("threads", c_int32)),
+    ]
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "a", "b", "bias", "h", "y", "dy", "dx", "da", "db")),
+        *((name, c_int64) for name in ("m", "n", "k", "r", "stride_x", "stride_a", "stride_b", "stride_dy", "seed")),
+        *(("keep_threshold", c_int32), ("keep_scale", c_float), ("scaling", c_float)),
+        *((name, c_int32) for name in ("dtype", "gradient_dtype", "threads")),
     ]
 
 
@@ -43,6 +52,8 @@ def library() -> ctypes.CDLL | str:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
         )
+    for kernel in (found.lora_forward, found.lora_backward):
+        kernel.argtypes = (ctypes.POINTER(Linear), c_int32)
     return found
 
 
@@ -69,4 +80,14 @@ def instruction_set() -> str:
 @functools.cache
 def batched():
     """`run(batch, index)`: the batched kernel, and the index of the instruction set in use."""
-    return library().lora_batched, list(instruction_sets()).index(instruction_set())
+    return library().lora_batched, _index()
+
+
+@functools.cache
+def linear():
+    """`forward(linear, index)`, `backward(linear, index)`: the kernels of one adapter, and that index."""
+    return library().lora_forward, library().lora_backward, _index()
+
+
+def _index():
+    return list(instruction_sets()).index(instruction_set())

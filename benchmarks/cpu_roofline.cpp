@@ -1,0 +1,79 @@
+// The peaks of this machine's cores and memory, for benchmarks/cpu_roofline.py: AVX-512, with pairs of bf16 where there are any.
+#include <immintrin.h>
+#include <omp.h>
+#include <stdint.h>
+
+namespace {
+
+constexpr int kChains = 16;  // independent sums: more than the latency of a multiplication hides
+
+__m512 product(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+#ifdef __AVX512BF16__
+__m512 pair_product(__m512 a, __m512 b, __m512 c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+#endif
+
+template <__m512 (*PRODUCT)(__m512, __m512, __m512)>
+void multiply(int64_t steps) {
+  __m512 sums[kChains], factor = _mm512_setzero_ps();
+#pragma GCC unroll 16
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 16
+    for (auto& sum : sums) {
+      sum = PRODUCT(factor, factor, sum);
+      asm volatile("" : "+v"(sum));
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Vector multiplications of a thread a second, with `threads` of them at once: of fp32, or of pairs of bf16 (0: there are none).
+double multiplications(int32_t pairs, int32_t threads, int64_t steps) {
+  const double start = omp_get_wtime();
+#ifdef __AVX512BF16__
+#pragma omp parallel num_threads(threads)
+  pairs ? multiply<pair_product>(steps) : multiply<product>(steps);
+#else
+  if (pairs) return 0;
+#pragma omp parallel num_threads(threads)
+  multiply<product>(steps);
+#endif
+  return kChains * steps / (omp_get_wtime() - start);
+}
+
+// Bytes a thread reads a second, `passes` times over `bytes` of its own; `from` holds threads * bytes.
+double reads(const char* from, int64_t bytes, int32_t threads, int64_t passes) {
+  const double start = omp_get_wtime();
+#pragma omp parallel num_threads(threads)
+  {
+    const char* mine = from + omp_get_thread_num() * bytes;
+    __m512i seen[4] = {};
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      for (int64_t i = 0; i < bytes; i += 256) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) seen[j] = _mm512_xor_si512(seen[j], _mm512_loadu_si512(mine + i + 64 * j));
+      }
+      asm volatile("" : "+v"(seen[0]), "+v"(seen[1]), "+v"(seen[2]), "+v"(seen[3]) : : "memory");
+    }
+  }
+  return bytes * passes / (omp_get_wtime() - start);
+}
+
+// Bytes a thread copies a second, from `from` to `to`, `passes` times; counted once.
+double copies(const char* from, char* to, int64_t bytes, int32_t threads, int64_t passes) {
+  const double start = omp_get_wtime();
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t first = omp_get_thread_num() * bytes;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      for (int64_t i = first; i < first + bytes; i += 64) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+      asm volatile("" : : : "memory");
+    }
+  }
+  return bytes * passes / (omp_get_wtime() - start);
+}
+
+}

@@ -1,0 +1,306 @@
+// One layer of a training step, beside the base layer's products: h and h B', and the gradients.
+//
+// Threads share out rows, then columns; each element is one sum in ascending order of its depth. So its bits depend
+// neither on their number nor on how the work is cut.
+#include <stdlib.h>
+#include "dropout.h"
+#include "product.h"
+
+namespace {
+
+constexpr int64_t kRows = 32;              // of a block that a thread works on
+constexpr int64_t kDepth = 256;            // units of a block's rows that are packed at once
+constexpr int64_t kSweep = 4 * kPanel;     // columns that are swept from the first row to the last
+constexpr int64_t kStagger = 16;           // floats: rows a power of two apart would compete for the same places in L1
+
+template <class T>
+constexpr int64_t kElements = kDepth * kPerUnit<T>;
+
+static_assert(kPanel % 8 == 0, "the mask is drawn for eight columns at a time");
+
+struct Share { int64_t begin, end; };
+
+// The part of `count` for this thread, in multiples of `of`.
+inline Share share(int64_t count, int64_t of) {
+  const int64_t parts = ceiling(count, of), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  return {parts * thread / threads * of, smaller(count, parts * (thread + 1) / threads * of)};
+}
+
+// Calls visit(first, count) for blocks of `step` in a share.
+template <class Visit>
+inline void each_block(Share share, int64_t step, Visit visit) {
+  for (int64_t i = share.begin; i < share.end; i += step) visit(i, smaller(step, share.end - i));
+}
+
+inline bool drops(const LoraLinear& p) { return p.keep_threshold >= 0; }
+
+inline void scale(float* values, float by, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) values[i] *= by;
+}
+
+template <class T>
+inline void add_row(float* to, const T* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
+  if (i < count) store_part(to + i, add(load_part(to + i, count - i), load_part(from + i, count - i)), count - i);
+}
+
+// Asks for the first `bytes` of a row that is to be read soon; the hardware foresees none that lies in another page.
+inline void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// to [rows, r] = by drop(from [rows, depth]) right, rounded once to T: h of x and A', g of dy and B.
+template <class T>
+inline void project(const LoraLinear& p, bool drop, const T* from, int64_t stride, int64_t row, int64_t rows,
+                    int64_t depth, const float* right, float by, T* to) {
+  alignas(64) float left[kRows * (kDepth + kStagger)], sums[kRows * LORA_MAX_RANK];
+  alignas(64) uint16_t keep[kElements<T>];
+  alignas(64) T kept_row[kElements<T>];
+  const int64_t width = whole_vectors(p.r);
+  for (int64_t at = 0; at < depth; at += kElements<T>) {
+    const int64_t count = smaller(kElements<T>, depth - at), units = units_of<T>(count);
+    for (int64_t m = 0; m < rows; ++m) {
+      const T* source = from + (row + m) * stride + at;
+      if (m + 1 < rows) prefetch(source + stride, count * sizeof(T));
+      if (drop) {
+        keep_row(p, row + m, at, count, keep);
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) kept_row[i] = kept(source[i], keep[i]);
+        source = kept_row;
+      }
+      pack_left(source, 0, 1, count, left + m * (kDepth + kStagger), 0);
+    }
+    product<T>(left, kDepth + kStagger, rows, right, p.r, units, at == 0, sums, width);
+    right += units * width;
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    scale(sums + m * width, by, p.r);
+    copy_row(to + (row + m) * p.r, sums + m * width, p.r);
+  }
+}
+
+// A right operand [depth, r] in blocks of kElements of its depth, this thread's share of them.
+template <class T, class Pack>
+inline void pack_blocks(const LoraLinear& p, int64_t depth, float* to, Pack pack) {
+  each_block(share(depth, kElements<T>), kElements<T>, [&](int64_t at, int64_t count) {
+    pack(at, count, to + at / kPerUnit<T> * whole_vectors(p.r));
+  });
+}
+
+template <class T>
+inline int64_t block_floats(const LoraLinear& p, int64_t depth) { return units_of<T>(depth) * whole_vectors(p.r); }
+
+// A right operand [r, columns], this thread's share of its panels.
+template <class T, class Pack>
+inline void pack_panels(const LoraLinear& p, int64_t columns, float* to, Pack pack) {
+  each_block(share(columns, kPanel), kPanel, [&](int64_t at, int64_t count) {
+    pack(at, count, to + at * units_of<T>(p.r));
+  });
+}
+
+template <class T>
+inline int64_t panel_floats(const LoraLinear& p, int64_t columns) { return units_of<T>(p.r) * whole_vectors(columns); }
+
+// Calls visit(row, terms) for the rows of left right, which has up to kSweep columns; a few rows at a time stay in L1.
+template <class T, class Visit>
+inline void expand(const float* left, int64_t units, int64_t rows, const float* right, int64_t columns, Visit visit) {
+  alignas(64) float terms[kTileRows * kSweep];
+  each_block({0, rows}, kTileRows, [&](int64_t row, int64_t count) {
+    product<T>(left + row * units, units, count, right, columns, units, true, terms, kSweep);
+    for (int64_t m = 0; m < count; ++m) visit(row + m, terms + m * kSweep);
+  });
+}
+
+// h of some rows, and h B' + bias.
+template <class T>
+inline void forward_rows(const LoraLinear& p, int64_t row, int64_t rows, const float* a, const float* b) {
+  alignas(64) float left[kRows * LORA_MAX_RANK];
+  T* h = static_cast<T*>(p.h);
+  project(p, drops(p), static_cast<const T*>(p.x), p.stride_x, row, rows, p.k, a, p.scaling * p.keep_scale, h);
+  const int64_t units = units_of<T>(p.r);
+  pack_left(h + row * p.r, p.r, rows, p.r, left, units);
+  each_block({0, p.n}, kSweep, [&](int64_t column, int64_t columns) {
+    expand<T>(left, units, rows, b + column * units, columns, [&](int64_t m, float* terms) {
+      if (p.bias) add_row(terms, static_cast<const T*>(p.bias) + column, columns);
+      copy_row(static_cast<T*>(p.y) + (row + m) * p.n + column, terms, columns);
+    });
+  });
+}
+
+// Memory for the call; null where there is none.
+struct Scratch {
+  float* const at;
+  explicit Scratch(int64_t floats) : at(static_cast<float*>(aligned_alloc(64, ceiling(floats, 16) * 64))) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { free(at); }
+  operator float*() const { return at; }
+};
+
+template <class T>
+inline bool forward_of(const LoraLinear& p) {
+  const Scratch a(block_floats<T>(p, p.k)), b(panel_floats<T>(p, p.n));
+  if (!a || !b) return false;
+#pragma omp parallel num_threads(p.threads)
+  {
+    pack_blocks<T>(p, p.k, a, [&](int64_t at, int64_t count, float* to) {
+      pack_right_of_transposed(static_cast<const T*>(p.a) + at, p.stride_a, count, p.r, to);
+    });
+    pack_panels<T>(p, p.n, b, [&](int64_t at, int64_t count, float* to) {
+      pack_right_of_transposed(static_cast<const T*>(p.b) + at * p.stride_b, p.stride_b, p.r, count, to);
+    });
+#pragma omp barrier
+    each_block(share(p.m, kTileRows), kRows, [&](int64_t row, int64_t rows) { forward_rows<T>(p, row, rows, a, b); });
+  }
+  return true;
+}
+
+// Packed operands of the backward pass, shared by all threads.
+template <class T>
+struct Backward {
+  const int64_t stride;
+  const Scratch a, b;                  // right: [r, k], [n, r]
+  const Scratch g;                     // left: [m, r]
+  const Scratch g_columns, h_columns;  // left: [r, m], rows `stride` apart
+
+  explicit Backward(const LoraLinear& p)
+      : stride(ceiling(units_of<T>(p.m), kStagger) * kStagger + kStagger),
+        a(panel_floats<T>(p, p.k)), b(block_floats<T>(p, p.n)), g(p.m * units_of<T>(p.r)),
+        g_columns(p.r * stride), h_columns(p.r * stride) {}
+  bool allocated() const { return a && b && g && g_columns && h_columns; }
+};
+
+template <class T>
+inline void backward_rows(const LoraLinear& p, const Backward<T>& s, int64_t row, int64_t rows) {
+  if (p.db) {
+    const T* h = static_cast<const T*>(p.h) + row * p.r;
+    pack_left_of_transposed(h, p.r, p.r, rows, s.h_columns + row / kPerUnit<T>, s.stride);
+  }
+  if (!p.dx && !p.da) return;
+  alignas(64) T g[kRows * LORA_MAX_RANK];
+  project(p, false, static_cast<const T*>(p.dy) + row * p.stride_dy, p.stride_dy, 0, rows, p.n, s.b, p.scaling, g);
+  const int64_t units = units_of<T>(p.r);
+  pack_left(g, p.r, rows, p.r, s.g + row * units, units);
+  if (p.da) pack_left_of_transposed(g, p.r, p.r, rows, s.g_columns + row / kPerUnit<T>, s.stride);
+}
+
+// Some columns of drop(g A) and of g' drop(x).
+template <class T>
+inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, int64_t columns) {
+  alignas(64) uint16_t keep[kRows * kSweep];
+  alignas(64) T kept_x[kRows * kSweep];
+  alignas(64) float packed[kRows * kSweep], sums[LORA_MAX_RANK * kSweep];
+  const int64_t units = units_of<T>(p.r);
+  each_block({0, p.m}, kRows, [&](int64_t row, int64_t rows) {
+    const T* x = static_cast<const T*>(p.x) + row * p.stride_x + column;
+    for (int64_t m = 0; m < rows; ++m) {
+      if (p.da && row + m + kRows < p.m) prefetch(x + (m + kRows) * p.stride_x, columns * sizeof(T));
+      if (drops(p)) keep_row(p, row + m, column, columns, keep + m * kSweep);
+    }
+    if (p.dx) {
+      expand<T>(s.g + row * units, units, rows, s.a + column * units, columns, [&](int64_t m, float* terms) {
+        if (drops(p)) {
+#pragma omp simd
+          for (int64_t i = 0; i < columns; ++i) terms[i] = kept(terms[i] * p.keep_scale, keep[m * kSweep + i]);
+        }
+        copy_row(static_cast<T*>(p.dx) + (row + m) * p.k + column, terms, columns);
+      });
+    }
+    if (p.da) {
+      int64_t stride = p.stride_x;
+      if (drops(p)) {
+        for (int64_t m = 0; m < rows; ++m) {
+#pragma omp simd
+          for (int64_t i = 0; i < columns; ++i) kept_x[m * kSweep + i] = kept(x[m * stride + i], keep[m * kSweep + i]);
+        }
+        x = kept_x, stride = kSweep;
+      }
+      pack_right(x, stride, rows, columns, packed);
+      const float* g = s.g_columns + row / kPerUnit<T>;
+      product<T>(g, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
+    }
+  });
+  for (int64_t r = 0; p.da && r < p.r; ++r) {
+    scale(sums + r * kSweep, p.keep_scale, columns);
+    const int64_t to = r * p.k + column;
+    if (p.gradient_dtype == LORA_FP32) {
+      copy_row(static_cast<float*>(p.da) + to, sums + r * kSweep, columns);
+    } else {
+      copy_row(static_cast<T*>(p.da) + to, sums + r * kSweep, columns);
+    }
+  }
+}
+
+// Some rows of dB, which are columns of dy.
+template <class T>
+inline void sweep_dy(const LoraLinear& p, const Backward<T>& s, int64_t column, int64_t columns) {
+  alignas(64) float packed[kRows * kSweep], sums[LORA_MAX_RANK * kSweep];
+  each_block({0, p.m}, kRows, [&](int64_t row, int64_t rows) {
+    const T* dy = static_cast<const T*>(p.dy) + row * p.stride_dy + column;
+    for (int64_t m = kRows; m < kRows + rows && row + m < p.m; ++m) prefetch(dy + m * p.stride_dy, columns * sizeof(T));
+    pack_right(dy, p.stride_dy, rows, columns, packed);
+    const float* h = s.h_columns + row / kPerUnit<T>;
+    product<T>(h, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
+  });
+  const auto transpose_to = [&](auto* db) {
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t r = 0; r < p.r; ++r) narrow(sums[r * kSweep + i], db[(column + i) * p.r + r]);
+  };
+  if (p.gradient_dtype == LORA_FP32) {
+    transpose_to(static_cast<float*>(p.db));
+  } else {
+    transpose_to(static_cast<T*>(p.db));
+  }
+}
+
+template <class T>
+inline bool backward_of(const LoraLinear& p) {
+  const Backward<T> s(p);
+  if (!s.allocated()) return false;
+#pragma omp parallel num_threads(p.threads)
+  {
+    if (p.dx) {
+      pack_panels<T>(p, p.k, s.a, [&](int64_t at, int64_t count, float* to) {
+        pack_right(static_cast<const T*>(p.a) + at, p.stride_a, p.r, count, to);
+      });
+    }
+    if (p.dx || p.da) {
+      pack_blocks<T>(p, p.n, s.b, [&](int64_t at, int64_t count, float* to) {
+        pack_right(static_cast<const T*>(p.b) + at * p.stride_b, p.stride_b, count, p.r, to);
+      });
+    }
+#pragma omp barrier
+    each_block(share(p.m, kTileRows), kRows, [&](int64_t row, int64_t rows) { backward_rows(p, s, row, rows); });
+#pragma omp barrier
+    if (p.dx || p.da) {
+      each_block(share(p.k, kPanel), kSweep, [&](int64_t at, int64_t count) { sweep_x(p, s, at, count); });
+    }
+    if (p.db) {
+      each_block(share(p.n, kPanel), kSweep, [&](int64_t at, int64_t count) { sweep_dy(p, s, at, count); });
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+namespace ISA {
+
+bool forward(const LoraLinear& p) {
+  switch (p.dtype) {
+    case LORA_FP32: return forward_of<float>(p);
+    case LORA_BF16: return forward_of<bf16>(p);
+    default: return forward_of<fp16>(p);
+  }
+}
+
+bool backward(const LoraLinear& p) {
+  switch (p.dtype) {
+    case LORA_FP32: return backward_of<float>(p);
+    case LORA_BF16: return backward_of<bf16>(p);
+    default: return backward_of<fp16>(p);
+  }
+}
+
+}  // namespace ISA

@@ -1,0 +1,92 @@
+"""The CPU's compiled kernels and PyTorch's base layer: one adapter, forward and backward. csrc/cpu/linear.h.
+
+The strategy is `chained`: the adapter's term is written first and the base GEMM accumulates onto it (beta = 1).
+"""
+
+import torch
+
+from lora_kernels.backends import cpu_library
+from lora_kernels.backends.cpu_library import Linear, linear
+from lora_kernels.backends.operands import row_major
+from lora_kernels.reference import keep_threshold
+
+STRATEGIES = ("chained",)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def reasons_unsupported(problem) -> list[str]:
+    """Why this backend cannot run `problem`; empty if it can. ValueError where LORA_KERNELS_CPU_ISA cannot be."""
+    if problem.device != "cpu":
+        return [f"x is on {problem.device}, not the CPU"]
+    if isinstance(reason := cpu_library.library(), str):
+        return [reason]
+    cpu_library.instruction_set()
+    return [] if problem.dtype in DTYPES else [f"{problem.dtype} is none of {', '.join(map(str, DTYPES))}"]
+
+
+def strategy_reasons_unsupported(strategy, problem) -> list[str]:
+    """Why `strategy` cannot run `problem`: never a reason."""
+    return []
+
+
+def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
+    """`y [M,N]` and `h [M,R] = scaling drop(x) Aᵀ`, both in x's dtype."""
+    m, (n, r) = x.shape[0], lora_b.shape
+    y, h = x.new_empty(m, n), x.new_empty(m, r)
+    if m == 0:
+        return y, h
+    x, a, b = row_major(x), _operand(lora_a, x), _operand(lora_b, x)
+    bias = None if bias is None else bias.contiguous()
+    run, _, isa = linear()
+    call = _call(x, a, b, h, scaling, dropout_p, seed, bias=_pointer(bias), y=y.data_ptr(), stride_x=x.stride(0))
+    _check(run(call, isa), call)
+    return y.addmm_(x, weight.mT), h
+
+
+def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):
+    """`(dx [M,K], da [R,K], db [N,R])`, None where `needs` says so; da and db in lora_a's dtype."""
+    needs_x, needs_a, needs_b = needs
+    m, k = dy.shape[0], weight.shape[1]
+    dx = dy.new_empty(m, k) if needs_x else None
+    make = torch.empty_like if m else torch.zeros_like
+    da, db = (
+        make(like, memory_format=torch.contiguous_format) if need else None
+        for like, need in ((lora_a, needs_a), (lora_b, needs_b))
+    )
+    if m and any(needs):
+        dy, a, b = row_major(dy), _operand(lora_a, dy), _operand(lora_b, dy)
+        x, h = row_major(x) if needs_a else dy, h.contiguous() if needs_b else None
+        _, run, isa = linear()
+        call = _call(
+            x, a, b, h, scaling, dropout_p, seed, dy=dy.data_ptr(), dx=_pointer(dx), da=_pointer(da), db=_pointer(db),
+            stride_x=x.stride(0), stride_dy=dy.stride(0), gradient_dtype=DTYPES[lora_a.dtype],
+        )  # fmt: skip
+        _check(run(call, isa), call)
+        if needs_x:
+            dx.addmm_(dy, weight)
+    return dx, da, db
+
+
+def _operand(adapter, x):
+    return row_major(adapter.to(x.dtype))
+
+
+def _pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _call(x, a, b, h, scaling, dropout_p, seed, **rest):
+    drop, (r, k) = dropout_p > 0.0, a.shape
+    return Linear(
+        x=x.data_ptr(), a=a.data_ptr(), b=b.data_ptr(), h=_pointer(h), m=x.shape[0], n=b.shape[0], k=k, r=r,
+        stride_a=a.stride(0), stride_b=b.stride(0), seed=int(seed) if drop else 0,
+        keep_threshold=keep_threshold(dropout_p) if drop else -1, keep_scale=1.0 / (1.0 - dropout_p) if drop else 1.0,
+        scaling=float(scaling), dtype=DTYPES[x.dtype], threads=torch.get_num_threads(), **rest,
+    )  # fmt: skip
+
+
+def _check(done, call):
+    if not done:
+        raise MemoryError(
+            f"lora_linear: no memory for packed copies of adapters: m = {call.m}, n = {call.n}, r = {call.r}"
+        )
