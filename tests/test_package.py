@@ -113,7 +113,8 @@ def test_the_wheel_holds_every_module(tmp_path):
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     [wheel] = (source / "dist").glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("lora_kernels/")}
-    expected = {str(path.relative_to(ROOT)) for path in (*MODULES, PACKAGE / "py.typed")}
+    tables = PACKAGE.joinpath("configs", "tuned").glob("*.json")
+    expected = {str(path.relative_to(ROOT)) for path in (*MODULES, *tables, PACKAGE / "py.typed")}
     assert packed == expected
 
 
