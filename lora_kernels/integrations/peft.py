@@ -41,7 +41,7 @@ class FusedLinear(Linear):
             try:
                 return self._fused(x, *args, **kwargs)
             except NotFused as reason:
-                fall_back(f"lora.Linear: {reason}")
+                fall_back(f"lora.Linear: {reason.args[0]}")
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x, *args, adapter_names=None, alora_offsets=None, **kwargs):
@@ -232,8 +232,8 @@ def fuse(model: nn.Module) -> Iterator[Layer]:
     _swap(model, Linear, FusedLinear)
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            kind = f"{type(module).__module__.split('.')[-2]}.{module._get_name()}"
-            yield Layer(name, kind, _reason(module))
+            theirs = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("peft.tuners."))
+            yield Layer(name, f"{theirs.__module__.split('.')[2]}.{theirs.__name__}", _reason(module))
 
 
 def unfuse(model: nn.Module) -> None:
@@ -258,7 +258,7 @@ def _reason(module) -> str | None:
         weight, _ = module.weight_and_bias()
         combined([module.adapter(name) for name in module.active_names() or module.lora_A])
     except NotFused as reason:
-        return str(reason)
+        return reason.args[0]
     return "the base weight trains" if weight.requires_grad else None
 
 
