@@ -55,13 +55,13 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if ops.must_trace(x):
         scaling = scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=torch.float64)
         y, _ = ops.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
     else:
         y = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def lora_linear_batched(
@@ -190,15 +190,16 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, strateg
 
 def _check_tensors(tensors):
     device = getattr(tensors["x"], "device", None)
+    compiling = torch.compiler.is_compiling()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.layout != torch.strided or tensor.is_nested:
+        if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
             raise TypeError(f"{name}: got a {kind}, expected a dense one (call .to_dense() or pad it)")
-        if not torch.compiler.is_compiling() and tensor.is_neg():  # Dynamo cannot trace it; the operator resolves it
+        if not compiling and tensor.is_neg():  # Dynamo cannot trace it; the operator resolves it
             raise TypeError(f"{name}: got a lazily negated view, expected plain memory (call .resolve_neg())")
-        if tensor.device.type == "meta":
+        if tensor.is_meta:
             raise ValueError(f"{name}: got a meta tensor, expected one with data (materialise the model first)")
         if tensor.device != device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {device}, as x")

@@ -86,7 +86,7 @@ class FusedLinear(Linear):
         base = self._modules["base_layer"]
         kind = type(base)
         if kind is not nn.Linear and kind is not Conv1D:
-            raise NotFused(f"the base layer is a {kind.__name__}")
+            raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
         _check_hooks("the base layer", base)
         weight, bias = _parameter("the base layer", base, "weight"), _parameter("the base layer", base, "bias")
         return weight if kind is nn.Linear else weight.mT, bias
