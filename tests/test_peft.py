@@ -16,6 +16,7 @@ peft = pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
+from peft_judge import features
 from peft_judge.features import EXACT, FUSED, feature
 from peft_judge.judge import FAULTS, Judge, planted
 from transformers.pytorch_utils import Conv1D
@@ -477,6 +478,23 @@ def test_other_base_layers(x, kind):
     assert_same(model, x, BITWISE)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
+def test_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    base = Net()
+    base.up = bnb.nn.Linear4bit(64, N, compute_dtype=torch.float32).to("cpu")
+    model = peft_model(config(["up", "head"]), base)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="lora.Linear4bit: no kernel for this class"):
+        report = lora_kernels.apply_lora_kernels_to_model(model)
+    assert report.fused == ["base_model.model.head"]
+    torch.testing.assert_close(model(x), expected)
+
+
+test_bitsandbytes.feature = ("bitsandbytes' quantised layers", "exact; the model's rest fused")
+
+
 def test_other_layer_classes():
     class Other(nn.Module):
         def __init__(self):
@@ -496,7 +514,7 @@ def test_other_layer_classes():
     torch.testing.assert_close(model(tokens), expected)
 
 
-test_other_layer_classes.feature = ("embedding and convolution layers, MoE parameters", "exact; the model's rest fused")
+test_other_layer_classes.feature = ("embedding and convolution layers", "exact; the model's rest fused")
 
 
 @feature("adapters of another dtype than x's (but fp32)", EXACT)
@@ -520,6 +538,7 @@ def test_other_tracers(x):
     with pytest.warns(UserWarning, match="look inside"):
         torch.testing.assert_close(torch.vmap(model)(x), expected)
     assert torch.func.jvp(model, (x,), (x,))[1].shape == expected.shape
+    torch.testing.assert_close(torch.jit.trace(model.base_model.model, x, check_trace=False)(x), expected)
 
 
 @feature("adapters added later, to other layers too", FUSED)
@@ -603,3 +622,8 @@ def test_a_planted_fault_is_found(x, fault, judge):
     with planted(fault), pytest.raises(AssertionError, match=r"dlora_A|is off by"):
         step(model, x)
     assert judge.wrong
+
+
+def test_the_table_is_up_to_date():
+    page = features.PAGE.read_text()
+    assert features.update(page) == page, "run: PYTHONPATH=.:tests python -m peft_judge.features"

@@ -90,7 +90,7 @@ def strategy_reasons_unsupported(strategy: str, problem) -> list[str]:
 
 def tma_applies(x, weight, *lora) -> bool:
     """Whether every operand of the problem can be addressed by TMA; what is copied on the way in always can."""
-    if not target(x.device).tma:
+    if (x.is_cpu and os.environ.get("TRITON_INTERPRET") != "1") or not target(x.device).tma:
         return False
     itemsize, (n, k) = x.element_size(), weight.shape
     if n * itemsize % 16 or k * itemsize % 16 or (lora and lora[0].shape[0] * itemsize % 16):

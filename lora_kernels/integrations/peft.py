@@ -188,15 +188,15 @@ def _check_hooks(what, module):
 
 def _parameter(what, module, name):
     parameter = module._parameters.get(name)
-    if type(parameter) is not nn.Parameter and not (parameter is None and name == "bias"):
+    if type(parameter) not in (nn.Parameter, Tensor) and not (parameter is None and name == "bias"):
         kind = "parametrised or sharded" if parameter is None else f"a {type(parameter).__name__}"
-        raise NotFused(f"the {name} of {what} is {kind}, not a plain parameter")
+        raise NotFused(f"the {name} of {what} is {kind}, not a plain tensor")
     return parameter
 
 
 def _check_call(layer, x, weight, lora_a):
     """Whether this x can run fused, here and now."""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if type(x) not in (Tensor, nn.Parameter):
         raise NotFused(f"x is a {type(x).__name__}")
     if x.is_nested or x.is_meta or x.layout is not torch.strided:
         raise NotFused("x is nested, sparse or on the meta device")

@@ -75,7 +75,7 @@ def compare(plain, fused) -> list[str]:
 def run(root, jobs, how, files, only) -> dict:
     """The outcomes of PEFT's tests, and what the judge saw."""
     here = Path(__file__).resolve().parent
-    seen = root.parent / f"seen-{how.replace(' ', '-')}"
+    seen = root.parent / f"seen-{how.replace(' ', '-').replace('.', '')}"
     environment = os.environ | {
         "JUDGE": how, "JUDGE_OUT": str(seen), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(root.parent / "hub"),
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent.parent), os.environ.get("PYTHONPATH", "")]),
@@ -87,7 +87,7 @@ def run(root, jobs, how, files, only) -> dict:
         sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(root), "-p", "plugin", "-p",
         "no:cacheprovider", "-n", jobs, "-k", only, *(f"tests/test_{name}.py" for name in files),
     ]  # fmt: skip
-    with seen.with_suffix(".log").open("w") as log:
+    with open(f"{seen}.log", "w") as log:
         subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
     total = {"outcomes": {}, "calls": 0, "mixed": 0, "gradients": 0, "not_fused": collections.Counter(), "wrong": []}
     for part in root.parent.glob(f"{seen.name}.*"):
