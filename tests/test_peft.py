@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 peft = pytest.importorskip("peft")
 
+from conftest import DEVICE, INTERPRETED
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 from peft_judge import features
@@ -57,12 +58,15 @@ def peft_model(lora_config=None, base=None):
 
 @pytest.fixture
 def x():
-    return torch.randn(2, 5, K)
+    return torch.randn(2, 5, K, device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
-    yield
+def _as_before(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")  # the kernels have tests of their own
+    with torch.device(DEVICE):
+        yield
     lora_kernels.unpatch_peft()
     integrations._warn_once.cache_clear()
 
@@ -172,7 +176,7 @@ def test_bf16_base_with_fp32_adapters(x):
 def test_autocast(x, base):
     model = peft_model(base=Net().to(base))
     lora_kernels.apply_lora_kernels_to_model(model)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
         assert_same(model, x, AT_16_BITS)
 
@@ -482,11 +486,11 @@ def test_other_base_layers(x, kind):
 def test_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
     base = Net()
-    base.up = bnb.nn.Linear4bit(64, N, compute_dtype=torch.float32).to("cpu")
+    base.up = bnb.nn.Linear4bit(64, N, compute_dtype=torch.float32).to(DEVICE)
     model = peft_model(config(["up", "head"]), base)
     x = torch.randn(3, 64)
     expected = model(x)
-    with pytest.warns(UserWarning, match="lora.Linear4bit: no kernel for this class"):
+    with pytest.warns(UserWarning, match="the base layer is a bitsandbytes"):
         report = lora_kernels.apply_lora_kernels_to_model(model)
     assert report.fused == ["base_model.model.head"]
     torch.testing.assert_close(model(x), expected)

@@ -7,7 +7,6 @@ import warnings
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 
@@ -90,7 +89,6 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
     peft.unpatch() if model is None else peft.unfuse(model)
 
 
-@torch.compiler.assume_constant_result  # said while tracing, not in the graph
 def fall_back(reason: str) -> None:
     """Say once why something does not run fused; RuntimeError with LORA_KERNELS_STRICT=1."""
     message = f"lora_kernels: not fused, {reason}"

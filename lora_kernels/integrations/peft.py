@@ -20,13 +20,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import BatchPlan, LayerAdapters, lora_linear, lora_linear_batched
-from lora_kernels.integrations import Layer, fall_back
+from lora_kernels import BatchPlan, LayerAdapters, integrations, lora_linear, lora_linear_batched
+from lora_kernels.integrations import Layer
 
 if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 18):
     raise ImportError(f"peft: got {peft.__version__}, expected 0.18 or newer")
 
 MAX_RANK = 512
+fall_back = torch.compiler.assume_constant_result(integrations.fall_back)  # said while tracing, not in the graph
 
 
 class NotFused(Exception):

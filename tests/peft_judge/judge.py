@@ -89,7 +89,7 @@ def _results(forward, layer, x, differentiable) -> dict[str, Tensor]:
         results = {"y": y.detach()}
         if differentiable:
             inputs = {"dx": x} | {f"d{name}": p for name, p in layer.named_parameters() if p.requires_grad}
-            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+            dy = torch.randn(y.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(y)
             gradients = torch.autograd.grad(y, list(inputs.values()), dy, allow_unused=True)
             results |= {name: g for name, g in zip(inputs, gradients, strict=True) if g is not None}
     return results
