@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile sanitize gpu gpu-report fuzz bench tune lint readme clean
+.PHONY: help demo test compile sanitize gpu gpu-report fuzz peft-judge bench tune lint readme clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --n 2000
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --orders 10000
 
+peft-judge: $(VENV)/judge  ## PEFT's own LoRA tests with and without us, every fused call and gradient compared
+	PYTHONPATH=. $(BIN)/python tests/peft_judge $(VENV)/peft-*.tar.gz --work out/peft-judge
+
 bench: $(VENV)/dev  ## every suite against every rival that is installed; writes benchmarks/results/, plots to out/bench/
 	$(BIN)/python -m lora_kernels bench
 
@@ -75,6 +78,13 @@ $(VENV)/dev: requirements/torch.txt requirements/triton.txt requirements/cuda.tx
 # Last and alone: torch asks for a triton of its own, and would get it back.
 	$(PIP) --no-deps -r requirements/triton.txt
 	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/judge: $(VENV)/dev requirements/judge.txt
+	$(PIP) -c requirements/torch.txt -c requirements/dev.txt -r requirements/judge.txt
+	$(PIP) --no-deps -r requirements/triton.txt
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary peft --dest $(VENV) \
+	  "$$(grep ^peft== requirements/dev.txt)"
 	@touch $@
 
 $(VENV)/demo: $(VENV)/dev requirements/demo.txt

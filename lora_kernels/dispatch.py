@@ -91,9 +91,11 @@ def uses_tf32(dtype) -> bool:
 
 def _asked_for(backend, problem):
     """The backend by name; LORA_KERNELS_BACKEND may be one that only the other operation has, and then says nothing."""
-    wanted, other = (BATCHED_BACKENDS, BACKENDS) if problem.distinct else (BACKENDS, BATCHED_BACKENDS)
     named = os.environ.get("LORA_KERNELS_BACKEND")
-    return backend or (None if named in other.keys() - wanted.keys() else named)
+    if backend or named is None:
+        return backend
+    wanted, other = (BATCHED_BACKENDS, BACKENDS) if problem.distinct else (BACKENDS, BATCHED_BACKENDS)
+    return None if named in other.keys() - wanted.keys() else named
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,8 +18,9 @@ MAX_LINES = 420
 TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 # What each part may import: of the package, and of what is installed.
 ALLOWED = {
-    "__init__": {"adapters", "dispatch", "functional", "modules"},
+    "__init__": {"adapters", "dispatch", "functional", "integrations", "modules"},
     "adapters": {"adapters", "functional", "modules", "torch", "safetensors"},
+    "integrations": {"__init__", "integrations", "torch", "peft", "transformers"},
     "modules": {"functional", "torch"},
     "functional": {"adapters", "autograd", "ops", "dispatch", "torch"},
     "ops": {"adapters", "autograd", "dispatch", "torch"},

@@ -93,8 +93,10 @@ def strategy_reasons_unsupported(strategy: str, problem) -> list[str]:
 
 def tma_applies(x, weight, *lora) -> bool:
     """Whether every operand of the problem can be addressed by TMA; what is copied on the way in always can."""
-    extents = (*weight.shape, *(lora_a.shape[0] for lora_a in lora[:1]))
-    if not target(x.device).tma or any(extent * x.element_size() % 16 for extent in extents):
+    if (x.is_cpu and os.environ.get("TRITON_INTERPRET") != "1") or not target(x.device).tma:
+        return False
+    itemsize, (n, k) = x.element_size(), weight.shape
+    if n * itemsize % 16 or k * itemsize % 16 or (lora and lora[0].shape[0] * itemsize % 16):
         return False
     used_as_is = [t for t in (x, stored(weight)[0], *lora) if t.stride(-1) == 1 and t.dtype == x.dtype]
     return on_16_bytes(*used_as_is)
