@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile sanitize gpu fuzz bench lint readme clean
+.PHONY: help demo test compile sanitize gpu gpu-report fuzz peft-judge bench tune lint readme clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/demo  ## fine-tune two adapters on a real model, serve 32; writes out/demo/
 	$(BIN)/python -m lora_kernels demo
@@ -31,27 +31,40 @@ sanitize: $(VENV)/dev  ## the compiled CPU kernels under the address and undefin
 	ASAN_OPTIONS=detect_leaks=0 $$python -m pytest -q --capture=sys $(CSRC_TESTS) \
 	  -k "(cpu or isa or set or thread or company) and not wheel and not builds"
 
-gpu:  ## every test on the local GPU; uses PYTHON as it is where its torch sees the GPU
-	@sees_gpu='import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU here")'; \
+# PYTHON as it is where its torch sees the GPU, else that of .venv.
+define on_gpu
+	@sees_gpu='import sys, torch; ok = torch.cuda.is_available() or "--dry-run" in "$(ARGS)"; sys.exit(None if ok else "make $@: torch sees no GPU here")'; \
 	python=$(PYTHON); \
 	$$python -c "import pytest; $$sees_gpu" 2>/dev/null \
 	  || { $(MAKE) --no-print-directory $(VENV)/dev && python=$(BIN)/python && $$python -c "$$sees_gpu"; } || exit; \
-	set -x; $$python setup.py -q build_ext --inplace; \
-	PYTHONPATH=. LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile"
+	set -x; $$python setup.py -q build_ext --inplace; PYTHONPATH=. $(1)
+endef
+
+gpu:  ## every test on the local GPU; uses PYTHON as it is where its torch sees the GPU
+	$(call on_gpu,LORA_KERNELS_TEST_DEVICE=cuda $$python -m pytest -m "not compile")
+
+gpu-report:  ## what a first run on a GPU has to settle, in 25 minutes; writes out/gpu-report/; ARGS=--dry-run needs none
+	$(call on_gpu,$$python -m benchmarks.gpu_report $(ARGS))
+
+tune:  ## search for the fastest tiles and strategies on the local GPU; ARGS="--minutes 60"
+	$(call on_gpu,$$python -m benchmarks.tune $(ARGS))
 
 fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --n 2000
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --orders 10000
 
-bench: $(VENV)/dev  ## time the training step and the host cost; writes benchmarks/results/
+peft-judge: $(VENV)/judge  ## PEFT's own LoRA tests with and without us, every fused call and gradient compared
+	PYTHONPATH=. $(BIN)/python tests/peft_judge $(VENV)/peft-*.tar.gz --work out/peft-judge
+
+bench: $(VENV)/dev  ## every suite against every rival that is installed; writes benchmarks/results/, plots to out/bench/
 	$(BIN)/python -m lora_kernels bench
 
 lint: $(VENV)/dev  ## ruff, rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-readme: $(VENV)/dev  ## regenerate the tables of README.md and docs/serving.md
-	$(BIN)/python tests/support_table.py
+readme: $(VENV)/dev  ## regenerate the tables of README.md and docs/, and the plots of docs/benchmarks.md
+	PYTHONPATH=. $(BIN)/python tests/support_table.py
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -65,6 +78,13 @@ $(VENV)/dev: requirements/torch.txt requirements/triton.txt requirements/cuda.tx
 # Last and alone: torch asks for a triton of its own, and would get it back.
 	$(PIP) --no-deps -r requirements/triton.txt
 	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/judge: $(VENV)/dev requirements/judge.txt
+	$(PIP) -c requirements/torch.txt -c requirements/dev.txt -r requirements/judge.txt
+	$(PIP) --no-deps -r requirements/triton.txt
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary peft --dest $(VENV) \
+	  "$$(grep ^peft== requirements/dev.txt)"
 	@touch $@
 
 $(VENV)/demo: $(VENV)/dev requirements/demo.txt

@@ -13,7 +13,12 @@ import torch
 from lora_kernels import __version__
 from lora_kernels.backends import triton
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = (
+    "torch", "triton", "numpy", "peft", "vllm", "sglang", "nemo_automodel", "axolotl", "unsloth", "unsloth_zoo",
+)  # fmt: skip
+CODE = ("lora_kernels", "csrc", "benchmarks", ":(exclude)benchmarks/results")
 
 
 def refuse_interpreter() -> None:
@@ -26,38 +31,61 @@ def local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def write(benchmark: str, method: str, rows: list[dict], device: torch.device) -> Path:
-    """Write `rows` with all that is needed to repeat them; returns the file."""
-    name = _device_name(device)
-    record = {
-        "method": method,
-        "device": name,
+def write(benchmark: str, method: str, rows: list[dict], device: torch.device, **more) -> Path:
+    """Write `rows` with all that is needed to repeat them, and what else is in `more`; returns the file."""
+    record = {"method": method, **describe(device), **more, "rows": rows}
+    return save(folder(device), benchmark, record)
+
+
+def path_of(benchmark: str, device: torch.device) -> Path:
+    """Where the result of this device is, or would be."""
+    return RESULTS / folder(device) / f"{benchmark}.json"
+
+
+def read(benchmark: str, device: torch.device) -> dict | None:
+    """What was written for this device, if anything."""
+    path = path_of(benchmark, device)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def describe(device: torch.device) -> dict:
+    """The device and what runs it."""
+    return {
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "capability": triton.target(device).capability,
-        "rows": rows,
+        **({"clocks": _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem", device),
+            "driver": _nvidia_smi("driver_version", device)} if device.type == "cuda" else {}),
+    }  # fmt: skip
+
+
+def origin() -> dict:
+    """The versions and the commit: the last one that changed the code, so that committing results is no change."""
+    return {
+        "python": platform.python_version(),
+        "versions": {"lora_kernels": __version__, **{name: _version(name) for name in PACKAGES}},
+        "commit": _git("log", "-1", "--format=%H", "--", *CODE),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
     }
-    return save(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), benchmark, record)
+
+
+def folder(device: torch.device) -> str:
+    """The name of the folder of a device's results."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def save(folder: str, benchmark: str, record: dict) -> Path:
     """Write `record` with the versions and the commit that made it to `folder` of the results; returns the file."""
     path = RESULTS / folder / f"{benchmark}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    origin = {
-        "benchmark": benchmark,
-        "python": platform.python_version(),
-        "versions": {"lora_kernels": __version__, **{name: _version(name) for name in ("torch", "triton", "numpy")}},
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-    text = json.dumps({**origin, **record}, indent=1)
+    text = json.dumps({"benchmark": benchmark, **origin(), **record}, indent=1)
     path.write_text(re.sub(r"\[\s+([^\[\]{}]+?)\s+\]", lambda list_: f"[{' '.join(list_[1].split())}]", text) + "\n")
     return path
 
 
 def show(title: str, path: Path | None, columns: list[str], rows: list[list[str]]) -> None:
-    """A table of what went to `path`, if anything; plain where rich is not installed."""
+    """A table of what went to `path`, if anything; plain where rich is not installed. An empty row is a line."""
     title = f"{title}\n{path.relative_to(RESULTS.parent.parent) if path else '(not written)'}"
     try:
         from rich.console import Console
@@ -67,16 +95,28 @@ def show(title: str, path: Path | None, columns: list[str], rows: list[list[str]
         return
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*row) if row else table.add_section()
+    console = Console()
+    if not console.is_terminal:  # a file has no width
+        console.width = max(console.width, 120)
+    console.print(table)
 
 
-def _device_name(device):
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return f"{match[1] if match else platform.processor() or platform.machine()} CPU, {os.cpu_count()} threads"
+
+
+def _nvidia_smi(query, device):
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package):
@@ -87,5 +127,5 @@ def _version(package):
 
 
 def _git(*arguments):
-    run = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip() if run.returncode == 0 else None

@@ -6,6 +6,7 @@ from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.adapters.pool import AdapterPool, PoolFullError
 from lora_kernels.dispatch import explain
 from lora_kernels.functional import lora_linear, lora_linear_batched
+from lora_kernels.integrations import apply_lora_kernels_to_model, patch_peft, unpatch_peft
 from lora_kernels.modules import LoRALinear, apply_lora, trainable_parameters
 
 __version__ = "0.1.0"
@@ -17,11 +18,14 @@ __all__ = [
     "LoRALinear",
     "PoolFullError",
     "apply_lora",
+    "apply_lora_kernels_to_model",
     "attach_pool",
     "explain",
     "load_adapter",
     "lora_linear",
     "lora_linear_batched",
+    "patch_peft",
     "save_adapter",
     "trainable_parameters",
+    "unpatch_peft",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m lora_kernels info | explain | demo | bench | compile`."""
+"""The command line: `python -m lora_kernels info | explain | demo | bench | tune | compile`."""
 
 import argparse
 import importlib
@@ -40,8 +40,14 @@ def _parser():
     )
     add(
         "bench",
-        _bench,
-        "time a training step and the host cost of a call; simulate a pool (--help for options)",
+        _benchmarks("benchmarks"),
+        "time ours against every rival that is installed; simulate a pool (--help for options)",
+        forwards=True,
+    )
+    add(
+        "tune",
+        _benchmarks("benchmarks.tune"),
+        "search for the fastest tiles and strategies on this GPU (--help)",
         forwards=True,
     )
     add("compile", _forward_to("static_gate"), "cross-compile every kernel and check the machine code", forwards=True)
@@ -149,11 +155,15 @@ def _forward_to(module):
     return run
 
 
-def _bench(_, rest):
-    if not (CHECKOUT / "benchmarks").is_dir():
-        print("bench: the benchmarks are not part of the installed package; run it in a checkout", file=sys.stderr)
-        return 1
-    return subprocess.call([sys.executable, "-m", "benchmarks", *rest], cwd=CHECKOUT)
+def _benchmarks(module):
+    def run(arguments, rest):
+        if not (CHECKOUT / "benchmarks").is_dir():
+            why = "the benchmarks are not part of the installed package; run it in a checkout"
+            print(f"{arguments.command}: {why}", file=sys.stderr)
+            return 1
+        return subprocess.call([sys.executable, "-m", module, *rest], cwd=CHECKOUT)
+
+    return run
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ import torch
 
 from lora_kernels import configs, roofline
 from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, ON_REQUEST, triton, triton_batched
+<<<<<<< HEAD
 from lora_kernels.backends.dequantized import Dequantized
 from lora_kernels.formats import QuantizedWeight, named
+=======
+from lora_kernels.configs import tuned
+>>>>>>> main
 
 logger = logging.getLogger("lora_kernels")
 
@@ -24,7 +28,7 @@ class Problem(NamedTuple):
 
     `device` is a type such as "cuda"; `capability` is 90 for sm_90, 0 without a GPU; `tma` says whether all operands
     lie on 16-byte boundaries and the device has TMA, `tf32` whether fp32 may run on tensor cores. Where every row has its
-    own adapter, `distinct` is the most there can be, and r the largest rank.
+    own adapter, `distinct` is the most there can be, and r the largest rank. `gpu` is its name, for the tuned tables.
     """
 
     m: int
@@ -40,6 +44,7 @@ class Problem(NamedTuple):
     tma: bool
     tf32: bool = False
     distinct: int = 0
+    gpu: str = ""
 
 
 class Plan(NamedTuple):
@@ -66,7 +71,7 @@ def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) 
     tma = triton.tma_applies(x, weight, lora_a, lora_b)
     problem = Problem(
         x.shape[0], n, k, lora_a.shape[0], x.dtype, lora_a.dtype, dropout_p > 0.0,
-        x.device.type, goal.capability, goal.num_sms, tma, uses_tf32(x.dtype),
+        x.device.type, goal.capability, goal.num_sms, tma, uses_tf32(x.dtype), gpu=goal.name,
     )  # fmt: skip
     return choose(problem, _asked_for(backend, problem), strategy)
 
@@ -80,7 +85,7 @@ def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> 
     distinct = min(len(adapters[0].ranks), max(plan.slots.numel(), 1))
     problem = Problem(
         x.shape[0], n, k, max(s.max_rank for s in adapters), x.dtype, x.dtype, False, x.device.type, goal.capability,
-        goal.num_sms, triton.tma_applies(x, weight), uses_tf32(x.dtype), distinct,
+        goal.num_sms, triton.tma_applies(x, weight), uses_tf32(x.dtype), distinct, goal.name,
     )  # fmt: skip
     return choose(problem, _asked_for(backend, problem), strategy)
 
@@ -89,7 +94,7 @@ def _dequantizing(plan: Plan, kind: type[QuantizedWeight], device) -> Plan:
     """`plan`, for the dense values of a weight in the format `kind`."""
     if reasons := kind.reasons_unsupported(device):
         raise NotImplementedError(f"weight: {kind.name} cannot run this problem: {', '.join(reasons)}")
-    how = f"{kind.name} is dequantised into a scratch, since no kernel does it in its K loop yet"
+    how = f"{kind.name} is dequantised into a scratch: no kernel that does it in its K loop is in use yet"
     _say_once(how)
     return Plan(Dequantized(plan.backend), plan.strategy, f"{plan.why}; {how}")
 
@@ -106,9 +111,11 @@ def uses_tf32(dtype) -> bool:
 
 def _asked_for(backend, problem):
     """The backend by name; LORA_KERNELS_BACKEND may be one that only the other operation has, and then says nothing."""
-    wanted, other = (BATCHED_BACKENDS, BACKENDS) if problem.distinct else (BACKENDS, BATCHED_BACKENDS)
     named = os.environ.get("LORA_KERNELS_BACKEND")
-    return backend or (None if named in other.keys() - wanted.keys() else named)
+    if backend or named is None:
+        return backend
+    wanted, other = (BATCHED_BACKENDS, BACKENDS) if problem.distinct else (BACKENDS, BATCHED_BACKENDS)
+    return None if named in other.keys() - wanted.keys() else named
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,6 +167,8 @@ def _best_strategy(module, problem) -> tuple[str, str]:
         why = f"rows of {operands} are not on 16-byte boundaries, so no TMA"
         _say_once(f"using the chained strategy, because {why}")
         return "chained", why
+    if choice := _tuned_strategy(module, problem):
+        return choice.value, choice.why
     costs = {
         strategy: modelled_cost(strategy, problem).seconds
         for strategy in (module.STRATEGIES if problem.distinct else DEFAULT_STRATEGIES)
@@ -167,6 +176,15 @@ def _best_strategy(module, problem) -> tuple[str, str]:
     }
     best = min(costs, key=costs.get)
     return best, "modelled, not measured: " + ", ".join(f"{name} {t * 1e6:.0f} µs" for name, t in costs.items())
+
+
+def _tuned_strategy(module, problem) -> tuned.Choice | None:
+    """What was measured on this device for the problem, if that can run it."""
+    op = "lora_linear_batched" if problem.distinct else "lora_linear"
+    shape = (tuned.bucket(problem.m), problem.n, problem.k, problem.r)
+    key = tuned.Key(op, *shape, str(problem.dtype).removeprefix("torch."), problem.dropout)
+    choice = tuned.table(problem.gpu).get(key)
+    return None if choice is None or module.strategy_reasons_unsupported(choice.value, problem) else choice
 
 
 def modelled_cost(strategy: str, problem: Problem) -> roofline.Cost:
@@ -195,6 +213,7 @@ class Explanation:
     base: roofline.Cost
     costs: dict[str, roofline.Cost]
     reasons: dict[str, list[str]]
+    tiles: dict[str, tuple[configs.Config, str]]
 
     def __str__(self):
         p = self.problem
@@ -205,6 +224,7 @@ class Explanation:
             + (f"sm_{p.capability}, {p.num_sms} SMs" if p.capability else p.device),
             f"runs     {backend} / {self.plan.strategy}",
             f"because  {self.plan.why}",
+            *(f"tile     {kernel} {_tile(config)}: {why}" for kernel, (config, why) in self.tiles.items()),
             "figures  modelled from the roofline; none of them is measured",
             f"{'':12s} {'time':>10s} {'vs base':>8s} {'bytes':>10s} {'flops':>10s}",
             _line("base only", self.base, self.base),
@@ -214,6 +234,11 @@ class Explanation:
         if p.distinct and backend not in ON_REQUEST:
             lines += (f"{name:12s} on request only: {why}" for name, why in ON_REQUEST.items())
         return "\n".join(lines)
+
+
+def _tile(config):
+    extents = [str(extent) for extent in (config.block_m, config.block_n, config.block_k) if extent]
+    return f"{' × '.join(extents)}, {config.num_warps} warps, {config.num_stages} stages"
 
 
 def _line(name, cost, base):
@@ -250,25 +275,47 @@ def explain(
     if adapters is not None and dropout:
         raise ValueError("dropout: got True, expected False, since lora_linear_batched has none")
     if capability is None and torch.cuda.is_available():
-        capability, num_sms, tma = triton.target(torch.device("cuda", torch.cuda.current_device()))
+        capability, num_sms, tma, gpu = triton.target(torch.device("cuda", torch.cuda.current_device()))
     else:
         capability = 90 if capability is None else capability
-        num_sms, tma = configs.architecture(capability).NUM_SMS, capability >= 90
+        num_sms, tma, gpu = configs.architecture(capability).NUM_SMS, capability >= 90, ""
     distinct = 0 if adapters is None else min(adapters, max(m, 1))
     tma = tma and not any(extent * dtype.itemsize % 16 for extent in (n, k, *(() if distinct else (r,))))
     tf32 = uses_tf32(dtype)
-    problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma, tf32, distinct)
+    problem = Problem(m, n, k, r, dtype, dtype, dropout, "cuda", capability, num_sms, tma, tf32, distinct, gpu)
     module = triton_batched if distinct else triton
     strategies = [
         s
         for s in module.STRATEGIES
         if distinct or s == "chained" or configs.candidates(s, capability, dtype.itemsize, m, r)
     ]
+<<<<<<< HEAD
     chosen = choose(problem, _asked_for(backend, problem), strategy)
     return Explanation(
         problem,
         chosen if weight_format is None else _dequantizing(chosen, named(weight_format), torch.device("cuda")),
+=======
+    plan = choose(problem, _asked_for(backend, problem), strategy)
+    return Explanation(
+        problem,
+        plan,
+>>>>>>> main
         roofline.base_cost(m, n, k, dtype.itemsize, _ceilings(capability)),
         {s: modelled_cost(s, problem) for s in strategies},
         {s: module.strategy_reasons_unsupported(s, problem) for s in strategies},
+        _tiles(problem, plan.strategy) if plan.backend is module else {},
     )
+
+
+def _tiles(p, strategy):
+    """The forward pass's kernels with their tiles, and whether those were measured."""
+    kernels = ["shrink"] if strategy in ("extended", "chained") or p.distinct else []
+    kernels += [strategy] if strategy != "chained" or p.distinct else []
+    found = {}
+    for kernel in kernels:
+        n, aligned = p.r if kernel == "shrink" else p.n, p.tma or p.capability < 90
+        name = f"batched_{kernel}" if p.distinct else kernel
+        choice = triton.tuned_config(name, p.gpu, p.dtype, p.m, n, p.k, p.r, aligned=aligned)
+        usual = configs.lookup(name, p.capability, p.dtype.itemsize, p.m, n, p.r, p.num_sms, aligned=aligned)
+        found[name] = (choice.value, choice.why) if choice else (usual, "modelled, not measured")
+    return found

@@ -269,18 +269,19 @@ def _check_values(x, weight, scaling, dropout_p):
 
 def _check_tensors(tensors):
     device = getattr(tensors["x"], "device", None)
+    compiling = torch.compiler.is_compiling()
     for name, tensor in tensors.items():
         if name == "weight" and isinstance(tensor, QuantizedWeight):
             _check_quantized(tensor, tensors["x"])
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.layout != torch.strided or tensor.is_nested:
+        if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
             raise TypeError(f"{name}: got a {kind}, expected a dense one (call .to_dense() or pad it)")
-        if not torch.compiler.is_compiling() and tensor.is_neg():  # Dynamo cannot trace it; the operator resolves it
+        if not compiling and tensor.is_neg():  # Dynamo cannot trace it; the operator resolves it
             raise TypeError(f"{name}: got a lazily negated view, expected plain memory (call .resolve_neg())")
-        if tensor.device.type == "meta":
+        if tensor.is_meta:
             raise ValueError(f"{name}: got a meta tensor, expected one with data (materialise the model first)")
         if tensor.device != device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {device}, as x")

@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may opt in to
+from lora_kernels.configs.legality import SHARED_LIMIT
+
 REGISTER_FILE = 65_536
 TENSOR_MEMORY_COLUMNS = 512
 MMA = ("HMMA.", "HGMMA.", "UTCHMMA")  # mma.sync, wgmma, tcgen05
@@ -64,17 +65,23 @@ def specialise(kernel, args: tuple, constants: dict, config, capability: int):
     return ASTSource(kernel, signature, constexprs, attrs), options
 
 
-def compile_launch(kernel, args: tuple, constants: dict, config, capability: int) -> Code:
-    """Compile a launch for sm_`capability`, exactly as Triton would on such a device."""
+def compile_launch(kernel, args: tuple, constants: dict, config, capability: int, keep: bool = False) -> Code:
+    """Compile a launch for sm_`capability`, exactly as Triton would on such a device.
+
+    With `keep` the binary goes to Triton's own cache, where a launch on such a device finds it.
+    """
     source, options = specialise(kernel, args, constants, config, capability)
     log = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as cache,
         knobs.cache.scope(),
+        knobs.compilation.scope(),
         knobs.nvidia.scope(),
         contextlib.redirect_stdout(log),
     ):
-        knobs.cache.dir = cache  # a fresh one: a cached binary comes without its ptxas log
+        knobs.compilation.always_compile = True  # a cached binary comes without its ptxas log
+        if not keep:
+            knobs.cache.dir = cache
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
     return Code(compiled.asm, compiled.metadata, log.getvalue(), capability)

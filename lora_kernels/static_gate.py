@@ -6,10 +6,12 @@ recorder. The figures are recorded in tests/resources/static_gate.json, so that 
 
 import argparse
 import functools
+import hashlib
+import inspect
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,10 +24,13 @@ from lora_kernels import configs, machine_code
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.backends import launcher, triton_batched
 from lora_kernels.backends import triton as backend
+from lora_kernels.configs import legality, tuned
+from lora_kernels.configs.legality import SHARED_LIMIT
 from lora_kernels.dispatch import Problem
 
 RECORD = Path(__file__).resolve().parent.parent / "tests" / "resources" / "static_gate.json"
 WORKERS = 2
+SAMPLE = 20
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -110,42 +115,45 @@ class Result(NamedTuple):
 
 
 def variants(capabilities=configs.ARCHITECTURES) -> list[Variant]:
-    """Every distinct launch of every case under every row of the tables, sorted by name."""
+    """Every distinct launch of every case under every row of the tables, shipped tuned ones too, sorted by name."""
     found = {}
     for capability in capabilities:
-        for row in configs.architecture(capability).ROWS:
+        for row in (*configs.architecture(capability).ROWS, *_tuned_rows(capability)):
             for case in (BATCHED_CASES if row.kernel.startswith("batched_") else CASES)[row.itemsize]:
-                for kernel, args, constants, config in _launches(case, row, capability):
-                    name = _name(capability, kernel, args, constants, config)
-                    key = (constants, config, *map(launcher._specialization, args))
-                    if name in found and found[name][0] != key:
-                        raise RuntimeError(f"two different launches are both called {name!r}")
-                    if name not in found or case.aligned:
-                        variant = Variant(name, capability, kernel, args, constants, config, case.aligned)
-                        found[name] = key, variant
+                for variant in variants_of(case, row, capability):
+                    key = (variant.constants, variant.config, *map(launcher._specialization, variant.args))
+                    if variant.name in found and found[variant.name][0] != key:
+                        raise RuntimeError(f"two different launches are both called {variant.name!r}")
+                    if variant.name not in found or case.aligned:
+                        found[variant.name] = key, variant
     return [variant for _, (_, variant) in sorted(found.items())]
 
 
-def _launches(case: Case, row: configs.Row, capability: int):
+def _tuned_rows(capability):
+    """A row for every tile of the tuned tables of this architecture, for problems such as it was measured for."""
+    for path in sorted(tuned.DIRECTORY.glob("*.json")):
+        if json.loads(path.read_text())["capability"] != capability:
+            continue
+        for key, choice in tuned.read(path).choices.items():
+            if key.op not in configs.STRATEGIES:
+                row = configs.Row(key.op, choice.value, max_rank=key.r, max_m=key.m, dropout=key.dropout)
+                yield replace(row, unaligned=False)
+
+
+def variants_of(case: Case, row: configs.Row, capability: int, num_sms: int | None = None) -> list[Variant]:
     """The launches of `case` on sm_`capability`, with `row`'s tile for its kernel wherever that is legal."""
     recorded = []
-    goal = backend.Target(capability, configs.architecture(capability).NUM_SMS, tma=capability >= 90)
+    goal = backend.Target(capability, num_sms or configs.architecture(capability).NUM_SMS, tma=capability >= 90)
 
-    def lookup(kernel, capability, itemsize, m, n, r, num_sms, *switches):
-        if row in configs.candidates(kernel, capability, itemsize, m, r, *switches):
+    def lookup(kernel, goal, dtype, m, n, k, r, dropout, aligned, kn):
+        if row.fits(kernel, dtype.itemsize, m, r, dropout, aligned):
             return row.config
-        return configs.lookup(kernel, capability, itemsize, m, n, r, num_sms, *switches)
+        return configs.lookup(kernel, goal.capability, dtype.itemsize, m, n, r, goal.num_sms, dropout, aligned)
 
     def record(kernel, grid, args, constants, config):
-        recorded.append((kernel, args, constants, config))
+        name = _name(capability, kernel, args, constants, config)
+        recorded.append(Variant(name, capability, kernel, args, constants, config, case.aligned))
 
-    strategy = row.kernel if row.kernel in backend.STRATEGIES else "chained"
-    lora_dtype = case.lora_dtype or case.dtype
-    x, weight, dy = (_empty(case.dtype, *shape) for shape in ((case.m, case.k), (case.n, case.k), (case.m, case.n)))
-    lora_a, lora_b = _empty(lora_dtype, case.r, case.k), _empty(lora_dtype, case.n, case.r)
-    bias = _empty(case.dtype, case.n) if case.bias else None
-    scaling = _empty(torch.float32) if case.scaling_on_device else 2.0
-    dropout = (case.dropout_p, _empty(torch.int64) if case.dropout_p else None)
     with (
         mock.patch.object(backend, "target", lambda device: goal),
         mock.patch.object(backend, "_lookup", lookup),
@@ -153,20 +161,51 @@ def _launches(case: Case, row: configs.Row, capability: int):
         mock.patch.object(triton_batched, "launch", record),
         mock.patch.object(backend, "tf32_allowed", lambda: case.tf32),
     ):
-        if row.kernel.startswith("batched_"):
-            _run_batched(case, row, x[: row.max_m], weight, bias)
-            return recorded
-        tma = backend.tma_applies(x, weight, lora_a, lora_b)
-        problem = Problem(
-            m=case.m, n=case.n, k=case.k, r=case.r, dtype=case.dtype, lora_dtype=lora_dtype, dropout=case.dropout_p > 0,
-            device="cuda", capability=capability, num_sms=goal.num_sms, tma=tma, tf32=case.tf32,
-        )  # fmt: skip
-        if backend.strategy_reasons_unsupported(strategy, problem):
-            return []
-        _, h = backend.forward(x, weight, bias, lora_a, lora_b, scaling, *dropout, strategy)
-        for needs in ((True, True, True), (False, False, True)):
-            backend.backward(dy, x, h, weight, lora_a, lora_b, scaling, *dropout, needs, strategy)
+        _run(case, row, goal)
     return recorded
+
+
+def reasons_illegal(
+    case: Case, row: configs.Row, capability: int, num_sms: int | None = None, kn: bool = False, keep: bool = False
+) -> list[str]:
+    """Why `row`'s tile cannot run `case` on sm_`capability`; where the rules know nothing, the compiler is asked.
+
+    Of launches with a wide operand only those where it lies as `kn` says. What compiles is left in Triton's cache with `keep`.
+    """
+    dropout = case.dropout_p > 0.0
+    reasons = legality.reasons_illegal(row.kernel, row.config, capability, row.itemsize, case.r, case.m, dropout)
+    if reasons or capability == configs.INTERPRETER:
+        return reasons
+    launches = {
+        variant.name: variant
+        for variant in variants_of(case, row, capability, num_sms)
+        if variant.config == row.config and variant.constants.get("KN", kn) == kn
+    }
+    return [problem for variant in launches.values() for problem in check(variant, keep).problems]
+
+
+def _run(case, row, goal):
+    """Forward and backward pass of `case` on tensors without data, under the strategy that launches `row`'s kernel."""
+    strategy = row.kernel if row.kernel in backend.STRATEGIES else "chained"
+    lora_dtype = case.lora_dtype or case.dtype
+    x, weight, dy = (_empty(case.dtype, *shape) for shape in ((case.m, case.k), (case.n, case.k), (case.m, case.n)))
+    lora_a, lora_b = _empty(lora_dtype, case.r, case.k), _empty(lora_dtype, case.n, case.r)
+    bias = _empty(case.dtype, case.n) if case.bias else None
+    scaling = _empty(torch.float32) if case.scaling_on_device else 2.0
+    dropout = (case.dropout_p, _empty(torch.int64) if case.dropout_p else None)
+    if row.kernel.startswith("batched_"):
+        _run_batched(case, row, x[: row.max_m], weight, bias)
+        return
+    tma = backend.tma_applies(x, weight, lora_a, lora_b)
+    problem = Problem(
+        m=case.m, n=case.n, k=case.k, r=case.r, dtype=case.dtype, lora_dtype=lora_dtype, dropout=case.dropout_p > 0,
+        device="cuda", capability=goal.capability, num_sms=goal.num_sms, tma=tma, tf32=case.tf32,
+    )  # fmt: skip
+    if backend.strategy_reasons_unsupported(strategy, problem):
+        return
+    _, h = backend.forward(x, weight, bias, lora_a, lora_b, scaling, *dropout, strategy)
+    for needs in ((True, True, True), (False, False, True)):
+        backend.backward(dy, x, h, weight, lora_a, lora_b, scaling, *dropout, needs, strategy)
 
 
 def _run_batched(case, row, x, weight, bias):
@@ -217,14 +256,22 @@ def _name(capability, kernel, args, constants, config) -> str:
     )  # fmt: skip
 
 
-def check(variant: Variant) -> Result:
+def check(variant: Variant, keep: bool = False) -> Result:
     """Compile, measure and judge one variant."""
     try:
-        code = machine_code.compile_launch(*variant[2:6], variant.capability)
+        code = machine_code.compile_launch(*variant[2:6], variant.capability, keep)
     except Exception as error:  # the compiler's own: none of its exceptions share a base class
         return Result(variant.name, None, [f"does not compile: {type(error).__name__}: {str(error).strip()[:200]}"])
     figures = machine_code.measure(code)
     return Result(variant.name, asdict(figures), machine_code.judge(code, figures, variant.aligned))
+
+
+def digest(variant: Variant) -> str:
+    """Of all that its machine code and the judgement follow from, but for the versions of the tools."""
+    specialised = [str(launcher._specialization(arg)) for arg in variant.args]
+    judge = inspect.getsource(machine_code), SHARED_LIMIT
+    parts = variant.kernel.cache_key, specialised, sorted(map(str, variant.constants.items())), variant.config, judge
+    return hashlib.sha256(repr((parts, variant.capability, variant.aligned)).encode()).hexdigest()[:16]
 
 
 def regressions(figures: dict | None, recorded: dict | None) -> list[str]:
@@ -264,6 +311,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_kernels compile", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=configs.ARCHITECTURES, help="only this architecture")
     parser.add_argument("-k", metavar="WORDS", default="", help="only variants whose name has all these words")
+    parser.add_argument(
+        "--changed",
+        action="store_true",
+        help=f"only variants that are not as recorded in source, and every {SAMPLE}th of the others",
+    )
     parser.add_argument("--update", action="store_true", help="record the figures instead of comparing with the record")
     parser.add_argument("--record", type=Path, default=RECORD, help="the record (default: that of the checkout)")
     parser.add_argument("--table", action="store_true", help="print the table of all figures, not only the problems")
@@ -275,14 +327,19 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [variant for variant in variants(capabilities) if words <= set(variant.name.split())]
     if not chosen:
         parser.error(f"no variant matches -k {options.k!r}")
-    results = _check_all(chosen)
     record = {"versions": versions(), "variants": {}}
     if options.record.exists():
         record = json.loads(options.record.read_text())
+    if options.changed and record["versions"] == versions():
+        known = [record["variants"].get(variant.name, {}).get("digest") == digest(variant) for variant in chosen]
+        chosen = [variant for i, variant in enumerate(chosen) if not known[i] or i % SAMPLE == 0]
+    results = _check_all(chosen)
     if options.update:
         narrowed = options.arch or options.k
         kept = record["variants"] if narrowed else {}
-        write_record(options.record, kept | {r.name: r.figures for r in results if r.figures})
+        digests = {variant.name: digest(variant) for variant in chosen}
+        passed = {r.name: r.figures | {"digest": digests[r.name]} for r in results if r.figures and not r.problems}
+        write_record(options.record, kept | {r.name: r.figures for r in results if r.figures} | passed)
     elif record["versions"] != versions():
         print(f"recorded with {record['versions']}, but this is {versions()}: figures are not compared")
     else:

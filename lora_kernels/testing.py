@@ -202,7 +202,7 @@ def check(case: Case, backend: str | None = None, strategy: str | None = None, d
         tensors = make_tensors(twin, device)
         before = [None if t is None else _buffer(t).clone() for t in tensors[:6]]
         results = run(twin, tensors, backend, strategy)
-        truth, eager, magnitude = _expected(twin, tensors)
+        truth, eager, magnitude = expected(twin, tensors)
         for name, actual in results.items():
             compare(twin, name, actual, truth[name], eager[name], magnitude[name])
         if not twin.base and twin.dtype in HALF and twin.lora_dtype in (None, twin.dtype):
@@ -294,8 +294,8 @@ def _independent_roundings(case, name):
     return max(1.0, min(counts) * (1.0 - case.dropout_p))
 
 
-def _expected(case, tensors):
-    """Truth (fp64), eager (the working dtype) and magnitude of every result, by name."""
+def expected(case: Case, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Truth (fp64), eager (the working dtype) and magnitude of every result, each a dict by name."""
     x, weight, bias, lora_a, lora_b, dy = (None if t is None else t.contiguous() for t in tensors[:6])
     x, dy = x.view(-1, case.k), dy.view(-1, case.n)
     lora_dtype = lora_a.dtype

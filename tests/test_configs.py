@@ -1,10 +1,12 @@
 """The tile tables: every row is legal, and every problem finds one."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from lora_kernels import configs
+from lora_kernels.configs import Config, legality
 
 TABLES = {capability: configs.architecture(capability) for capability in (configs.INTERPRETER, *configs.ARCHITECTURES)}
 ROWS = [(capability, row) for capability, table in TABLES.items() for row in table.ROWS]
@@ -14,20 +16,42 @@ ROWS = [(capability, row) for capability, table in TABLES.items() for row in tab
     ("capability", "row"), ROWS, ids=[f"{c}-{r.kernel}-{r.itemsize}-{i}" for i, (c, r) in enumerate(ROWS)]
 )
 def test_row_is_legal(capability, row):
-    tile = row.config
-    for extent in (tile.block_m, tile.block_n, tile.block_k):
-        assert extent == 0 or (extent >= 16 and extent.bit_count() == 1)
-    assert tile.num_warps in (1, 2, 4, 8)
-    assert tile.num_stages >= (2 if row.kernel == "one_launch" else 1)  # its shrink loop runs with one stage less
+    rank = min(row.max_rank, legality.MAX_RANK.get(row.kernel, 512))
+    rows = min(row.max_m, legality.MAX_ROWS.get(row.kernel, row.max_m))
+    assert not legality.reasons_illegal(row.kernel, row.config, capability, row.itemsize, rank, rows)
+    assert capability == configs.INTERPRETER or (rank, rows) == (row.max_rank, row.max_m)
     assert 0.0 < row.efficiency <= 1.0
-    assert (
-        row.max_rank <= (64 if row.kernel in ("single_pass", "one_launch") else 512)
-        or capability == configs.INTERPRETER
-    )
-    if row.kernel.removeprefix("batched_") in ("extended", "single_pass", "one_launch"):
-        assert tile.block_m and tile.block_n and tile.block_k
-    if row.kernel == "batched_shrink":
-        assert tile.block_n >= 32 and tile.block_k  # the widest block of ranks
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "problem", "reason"),
+    [
+        ("gemm", {}, {}, "no kernel 'gemm'"),
+        ("extended", dict(block_m=48), {}, "block_m=48, expected a power of two"),
+        ("extended", dict(block_k=8), {}, "block_k=8"),
+        ("extended", dict(num_warps=3), {}, "num_warps=3"),
+        ("extended", dict(num_stages=0), {}, "num_stages=0, expected at least 1"),
+        ("one_launch", dict(num_stages=1), {}, "num_stages=1, expected at least 2"),
+        ("extended", dict(group_m=0), {}, "group_m=0"),
+        ("extended", dict(max_registers=256), {}, "max_registers=256"),
+        ("extended", dict(num_stages=6), {}, "at least 294912 B > 232448 B"),
+        ("extended", dict(block_m=256), {}, "256 registers a thread"),
+        ("extended", dict(), dict(r=513), "rank 513 > 512"),
+        ("single_pass", dict(), dict(r=65), "rank 65 > 64"),
+        ("single_pass", dict(), dict(dropout=True), "no dropout"),
+        ("one_launch", dict(), dict(capability=80), "needs TMA"),
+        ("one_launch", dict(), dict(itemsize=4), "2-byte"),
+        ("dy_pass", dict(), {}, "block_k=64, but dy_pass has none"),
+        ("shrink", dict(), {}, "block_n=256, but shrink has none"),
+        ("batched_extended", dict(halves=True), {}, "stores whole tiles"),
+        ("batched_one_launch", dict(), dict(m=257), "257 rows > 256"),
+        ("batched_shrink", dict(block_n=16), {}, "block_n=16, expected at least 32"),
+    ],
+)
+def test_what_is_illegal_is_refused_with_the_reason(kernel, change, problem, reason):
+    config = replace(Config(128, 256, 64, num_warps=8, num_stages=4), **change)
+    problem = dict(capability=90, itemsize=2, r=16) | problem
+    assert reason in "; ".join(legality.reasons_illegal(kernel, config, **problem))
 
 
 @pytest.mark.parametrize("capability", TABLES)

@@ -37,3 +37,12 @@ def test_share_with_peft():
     pytest.importorskip("peft")
     there, back, effect = map(float, re.findall(r"\d\.\de[+-]\d\d", run("share_with_peft.py")))
     assert max(there, back) < 1e-5 < effect
+
+
+def test_peft_dropin():
+    pytest.importorskip("peft")
+    said = run("peft_dropin.py")
+    apart, reloaded = map(float, re.findall(r"\d\.\de[+-]\d\d", said))
+    assert "2 of 2 adapted layers run fused" in said and max(apart, reloaded) < 1e-5
+    rows = [float(norm) for norm in re.search(r"mixed batch: (.*)", said)[1].split(", ")]
+    assert len(set(rows)) == 3

@@ -18,10 +18,16 @@ MAX_LINES = 420
 TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 # What each part may import: of the package, and of what is installed.
 ALLOWED = {
-    "__init__": {"adapters", "dispatch", "functional", "modules"},
+    "__init__": {"adapters", "dispatch", "functional", "integrations", "modules"},
     "adapters": {"adapters", "functional", "modules", "torch", "safetensors"},
+<<<<<<< HEAD
     "modules": {"formats", "functional", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
+=======
+    "integrations": {"__init__", "integrations", "torch", "peft", "transformers"},
+    "modules": {"functional", "torch"},
+    "functional": {"adapters", "autograd", "ops", "dispatch", "torch"},
+>>>>>>> main
     "ops": {"adapters", "autograd", "dispatch", "torch"},
     "autograd": {"dispatch", "formats", "torch"},
     "dispatch": {"backends", "configs", "formats", "roofline", "torch"},
@@ -114,7 +120,8 @@ def test_the_wheel_holds_every_module(tmp_path):
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     [wheel] = (source / "dist").glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("lora_kernels/")}
-    expected = {str(path.relative_to(ROOT)) for path in (*MODULES, PACKAGE / "py.typed")}
+    tables = PACKAGE.joinpath("configs", "tuned").glob("*.json")
+    expected = {str(path.relative_to(ROOT)) for path in (*MODULES, *tables, PACKAGE / "py.typed")}
     assert packed == expected
 
 

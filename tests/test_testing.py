@@ -97,7 +97,7 @@ def test_tensors_depend_on_the_case_alone():
 
 def test_magnitude_is_the_size_of_a_result_in_which_nothing_cancels():
     case = Case(200, 150, 100, 40, dtype=torch.float64, bias=True, dropout_p=0.3, needs=testing.TRAINABLE)
-    truth, _, magnitude = testing._expected(case, testing.make_tensors(case, DEVICE))
+    truth, _, magnitude = testing.expected(case, testing.make_tensors(case, DEVICE))
     for name in truth:
         ratio = (testing._rms(magnitude[name]) / testing._rms(truth[name])).item()
         assert 0.8 < ratio < 1.25, name
@@ -117,7 +117,7 @@ def test_errors_are_relative_and_nan_is_infinitely_wrong():
 def test_floor_shrinks_as_luck_averages_out():
     def floor(m, metric):
         case = Case(m, 64, 64, 16, dtype=torch.bfloat16)
-        truth, eager, magnitude = testing._expected(case, testing.make_tensors(case, DEVICE))
+        truth, eager, magnitude = testing.expected(case, testing.make_tensors(case, DEVICE))
         return testing.budgets(case, "y", truth["y"], eager["y"], magnitude["y"])[metric].floor
 
     assert floor(256, "rms") < floor(1, "rms") / 10 and floor(1, "max") == floor(256, "max")
@@ -126,14 +126,14 @@ def test_floor_shrinks_as_luck_averages_out():
 @pytest.mark.parametrize("got", [lambda t: t[:-1], torch.Tensor.double], ids=["shape", "dtype"])
 def test_shape_and_dtype_are_compared_first(got):
     case = Case(5, 6, 7, 3)
-    truth, eager, magnitude = testing._expected(case, testing.make_tensors(case, DEVICE))
+    truth, eager, magnitude = testing.expected(case, testing.make_tensors(case, DEVICE))
     with pytest.raises(AssertionError, match=r"^y: got \(\[.*expected \(\[5, 6\], torch.float32"):
         testing.compare(case, "y", got(eager["y"]), truth["y"], eager["y"], magnitude["y"])
 
 
 def test_the_message_says_what_where_and_how_to_repeat_it():
     case = Case(5, 6, 7, 3)
-    truth, eager, magnitude = testing._expected(case, testing.make_tensors(case, DEVICE))
+    truth, eager, magnitude = testing.expected(case, testing.make_tensors(case, DEVICE))
     wrong = eager["y"].clone()
     wrong[2, 4] += 1.0
     with pytest.raises(AssertionError) as caught:

@@ -27,18 +27,20 @@ from lora_kernels.backends.operands import (
     stored,
     weight_operand,
 )
+from lora_kernels.configs import legality, tuned
 from lora_kernels.reference import keep_threshold
 
-STRATEGIES = ("one_launch", "extended", "single_pass", "chained")
-DY_PASS_MAX_RANK = 32  # above, the partial planes of g cost more than a second read of dy
+STRATEGIES = configs.STRATEGIES["lora_linear"]
+DY_PASS_MAX_RANK = legality.MAX_RANK["dy_pass"]  # above, the partial planes of g cost more than a second read of dy
 
 
 class Target(NamedTuple):
-    """The device as the launches see it; capability 0 is the interpreter."""
+    """The device as the launches see it; capability 0 is the interpreter, `name` what a tuned table goes by."""
 
     capability: int
     num_sms: int
     tma: bool
+    name: str = ""
 
 
 @functools.lru_cache(maxsize=64)
@@ -48,7 +50,8 @@ def target(device: torch.device) -> Target:
         return Target(configs.INTERPRETER, num_sms=3, tma=True)
     major, minor = torch.cuda.get_device_capability(device)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return Target(10 * major + minor, num_sms, major >= 9 and has_host_descriptors())
+    name = torch.cuda.get_device_name(device)
+    return Target(10 * major + minor, num_sms, major >= 9 and has_host_descriptors(), name)
 
 
 def reasons_unsupported(problem) -> list[str]:
@@ -76,8 +79,8 @@ def strategy_reasons_unsupported(strategy: str, problem) -> list[str]:
     if strategy in ("single_pass", "one_launch"):
         if problem.dropout:
             reasons.append("dropout > 0: the adapter would need a second, masked copy of every x tile")
-        if problem.r > 64:
-            reasons.append(f"rank {problem.r} > 64: h does not fit beside the accumulator")
+        if problem.r > (most := legality.MAX_RANK[strategy]):
+            reasons.append(f"rank {problem.r} > {most}: h does not fit beside the accumulator")
     if strategy == "one_launch":
         if problem.dtype == torch.float32 and problem.device == "cuda":
             reasons.append("float32: the table has no tile that leaves room for h")
@@ -90,8 +93,10 @@ def strategy_reasons_unsupported(strategy: str, problem) -> list[str]:
 
 def tma_applies(x, weight, *lora) -> bool:
     """Whether every operand of the problem can be addressed by TMA; what is copied on the way in always can."""
-    extents = (*weight.shape, *(lora_a.shape[0] for lora_a in lora[:1]))
-    if not target(x.device).tma or any(extent * x.element_size() % 16 for extent in extents):
+    if (x.is_cpu and os.environ.get("TRITON_INTERPRET") != "1") or not target(x.device).tma:
+        return False
+    itemsize, (n, k) = x.element_size(), weight.shape
+    if n * itemsize % 16 or k * itemsize % 16 or (lora and lora[0].shape[0] * itemsize % 16):
         return False
     used_as_is = [t for t in (x, stored(weight)[0], *lora) if t.stride(-1) == 1 and t.dtype == x.dtype]
     return on_16_bytes(*used_as_is)
@@ -152,7 +157,7 @@ def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
     goal = target(x.device)
     w, kn = stored(w)
     aligned = on_16_bytes(x, w, y)
-    config = config_for("extended", x, n, r, dropout_p, aligned)
+    config = config_for("extended", x, n, r, dropout_p, aligned, kn)
     tma = goal.tma and aligned
     block_r = rank_block(r, cap=64)
     operands = (operand(x, (config.block_m, config.block_k), tma), weight_operand(w, kn, config, tma))
@@ -177,7 +182,7 @@ def _single_pass(x, w, a, b, bias, scaling):
     w, kn = stored(w)
     a = row_major(a.mT)
     aligned = on_16_bytes(x, w, y, a)
-    config = config_for("single_pass", x, n, r, aligned=aligned)
+    config = config_for("single_pass", x, n, r, aligned=aligned, kn=kn)
     tma = target(x.device).tma and aligned
     block_r = rank_block(r)
     scaling, on_device = _scaling(scaling, x)
@@ -201,8 +206,8 @@ def _one_launch(x, w, a, b, bias, scaling):
     r, n = b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r)
     goal = target(x.device)
-    config = config_for("one_launch", x, n, r)
     (w, kn), (a, a_kr) = stored(w), stored(a)
+    config = config_for("one_launch", x, n, r, kn=kn)
     block_r = rank_block(r)
     scaling, on_device = _scaling(scaling, x)
     tiles_m = cdiv(m, config.block_m)
@@ -227,12 +232,12 @@ def _shrink(x, a, scaling, dropout_p=0.0, seed=None):
     m, k = x.shape
     r = a.shape[1]
     h = x.new_empty(m, r)
-    goal = target(x.device)
-    config = config_for("shrink", x, r, r)
+    goal, aligned = target(x.device), on_16_bytes(x)
+    config = config_for("shrink", x, r, r, dropout_p, aligned)
     block_r = rank_block(r, cap=128)
     programs = cdiv(m, config.block_m) * cdiv(r, block_r)
     split = max(1, min(goal.num_sms // programs, cdiv(k, config.block_k), 16))
-    tma = goal.tma and on_16_bytes(x)
+    tma = goal.tma and aligned
     scaling, on_device = _scaling(scaling, x)
     threshold, keep_scale = _dropout(dropout_p)
     out = h if split == 1 else x.new_empty(split, m, r, dtype=accumulator(x))
@@ -250,14 +255,14 @@ def _shrink(x, a, scaling, dropout_p=0.0, seed=None):
 def _dy_pass(dy, b, h, scaling, dtype):
     m, n = dy.shape
     r = b.shape[1]
-    goal = target(dy.device)
-    config = config_for("dy_pass", dy, n, r)
+    goal, aligned = target(dy.device), on_16_bytes(dy)
+    config = config_for("dy_pass", dy, n, r, aligned=aligned)
     blocks = cdiv(n, config.block_n)
     chunk, parts = _chunks(m, config.block_m, goal.num_sms // blocks)
     g, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=dtype)
     g_planes = dy.new_empty(blocks, m, r, dtype=accumulator(dy))
     db_planes = dy.new_empty(parts, n, r, dtype=accumulator(dy))
-    tma = goal.tma and on_16_bytes(dy)
+    tma = goal.tma and aligned
     args = (operand(dy, (config.block_m, config.block_n), tma), b, h, g_planes, db_planes, m, n, r, chunk,
             dy.stride(0), *b.stride())  # fmt: skip
     constants = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=rank_block(r), **arithmetic(dy), TMA=tma)
@@ -269,15 +274,15 @@ def _wgrad(wide, narrow, out, dropout_p=0.0, seed=None):
     """`out [C,R] = drop(wide)ᵀ narrow`; out is dense, in either order."""
     m, c = wide.shape
     r = narrow.shape[1]
-    goal = target(wide.device)
-    config = config_for("wgrad", wide, c, r)
+    goal, aligned = target(wide.device), on_16_bytes(wide)
+    config = config_for("wgrad", wide, c, r, dropout_p, aligned)
     block_r = rank_block(r, cap=128)
     blocks = cdiv(c, config.block_n) * cdiv(r, block_r)
     chunk, parts = _chunks(m, config.block_m, 2 * goal.num_sms // blocks)
     planes = out
     if parts > 1:
         planes = torch.empty_strided((parts, c, r), (c * r, *out.stride()), dtype=accumulator(wide), device=wide.device)
-    tma = goal.tma and on_16_bytes(wide)
+    tma = goal.tma and aligned
     threshold, keep_scale = _dropout(dropout_p)
     args = (operand(wide, (config.block_m, config.block_n), tma), narrow, planes, seed, threshold, keep_scale,
             m, c, r, chunk, wide.stride(0), *planes.stride()[-2:])  # fmt: skip
@@ -333,12 +338,24 @@ def device_guard(device):
     return torch.cuda.device(device)
 
 
-def config_for(kernel, x, n, r, dropout_p=0.0, aligned=True):
-    goal = target(x.device)
-    return _lookup(kernel, goal.capability, x.element_size(), x.shape[0], n, r, goal.num_sms, dropout_p > 0.0, aligned)
+def config_for(kernel, x, n, r, dropout_p=0.0, aligned=True, kn=False):
+    m, k = x.shape
+    return _lookup(kernel, target(x.device), x.dtype, m, n, k, r, dropout_p > 0.0, aligned, kn)
 
 
-_lookup = functools.lru_cache(maxsize=4096)(configs.lookup)
+@functools.lru_cache(maxsize=4096)
+def _lookup(kernel, goal, dtype, m, n, k, r, dropout, aligned, kn):
+    if choice := tuned_config(kernel, goal.name, dtype, m, n, k, r, dropout, aligned, kn):
+        return choice.value
+    return configs.lookup(kernel, goal.capability, dtype.itemsize, m, n, r, goal.num_sms, dropout, aligned)
+
+
+def tuned_config(kernel, device: str, dtype, m, n, k, r, dropout=False, aligned=True, kn=False) -> tuned.Choice | None:
+    """What was measured for a kernel's launch on `device`, if anything; nothing is for rows off 16-byte boundaries."""
+    if not aligned:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return tuned.table(device).get(tuned.Key(kernel, tuned.bucket(m), n, k, r, name, dropout, kn))
 
 
 def tf32_allowed() -> bool:

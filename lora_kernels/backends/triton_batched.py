@@ -25,7 +25,7 @@ from lora_kernels.backends.operands import (
 )
 from lora_kernels.backends.triton import reasons_unsupported  # noqa: F401
 
-STRATEGIES = ("one_launch", "extended", "chained")
+STRATEGIES = configs.STRATEGIES["lora_linear_batched"]
 GROUP = 4  # adapters whose b is loaded at once while decoding
 DECODE_ROWS = 256  # up to here K is split the same way whatever the batch, so that a row's sums are too
 
@@ -118,7 +118,9 @@ def _extended(x, weight, bias, tables, plan, h, y=None):
     base, y = y is None, x.new_empty(m, n) if y is None else y
     w, kn = stored(weight.mT)
     aligned = on_16_bytes(x, w, y)
-    config = backend.config_for("batched_extended" if base else "batched_chained", x, n, h.r_max, aligned=aligned)
+    config = backend.config_for(
+        "batched_extended" if base else "batched_chained", x, n, h.r_max, aligned=aligned, kn=kn
+    )
     goal = backend.target(x.device)
     tma = goal.tma and aligned and base
     y_tma = tma and _whole_tiles(tables, config)
@@ -159,7 +161,7 @@ def _one_launch(x, weight, bias, tables, plan, h):
     w, kn = stored(weight.mT)
     goal = backend.target(x.device)
     aligned = on_16_bytes(x, w, y)
-    config = backend.config_for("batched_one_launch", x, n, h.r_max, aligned=aligned)
+    config = backend.config_for("batched_one_launch", x, n, h.r_max, aligned=aligned, kn=kn)
     tma = goal.tma and aligned
     y_tma = tma and _whole_tiles(tables, config)
     columns = _column_tiles(tables, config)

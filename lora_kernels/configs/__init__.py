@@ -1,4 +1,4 @@
-"""Tile tables: data, one file per architecture, and the rule that picks a row.
+"""Tile tables: data, one file per architecture, and the rule that picks a row where nothing was measured (`tuned`).
 
 A row names a kernel, the tile, and the problems it is meant for. Where several rows fit, the one whose waves of tiles
 cost least wins: a smaller tile wastes less of the last wave, and pays for it with `efficiency`.
@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 ARCHITECTURES = (80, 90, 100)
 INTERPRETER = 0
+STRATEGIES = {  # of the Triton backend, by operation
+    "lora_linear": ("one_launch", "extended", "single_pass", "chained"),
+    "lora_linear_batched": ("one_launch", "extended", "chained"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,17 @@ class Row:
     unaligned: bool = True
     efficiency: float = 1.0
 
+    def fits(self, kernel, itemsize: int, m: int, r: int, dropout: bool = False, aligned: bool = True) -> bool:
+        """Whether this row may run such a problem."""
+        return (
+            self.kernel == kernel
+            and self.itemsize == itemsize
+            and r <= self.max_rank
+            and m <= self.max_m
+            and (self.dropout or not dropout)
+            and (self.unaligned or aligned)
+        )
+
 
 def architecture(capability: int):
     """The table (a module) of the newest architecture not above `capability`: 90 is sm_90, 0 the interpreter."""
@@ -65,16 +80,7 @@ def candidates(
     kernel: str, capability: int, itemsize: int, m: int, r: int, dropout: bool = False, aligned: bool = True
 ) -> list[Row]:
     """Every row that is legal for the problem, in the order of the table."""
-    return [
-        row
-        for row in architecture(capability).ROWS
-        if row.kernel == kernel
-        and row.itemsize == itemsize
-        and r <= row.max_rank
-        and m <= row.max_m
-        and (row.dropout or not dropout)
-        and (row.unaligned or aligned)
-    ]
+    return [row for row in architecture(capability).ROWS if row.fits(kernel, itemsize, m, r, dropout, aligned)]
 
 
 def lookup(

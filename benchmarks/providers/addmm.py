@@ -1,0 +1,33 @@
+"""The scheme of Unsloth and Axolotl, without their packages: cuBLAS adds the adapter's term to the base layer's y."""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.providers import Provider
+
+
+class _Addmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, scaling):
+        ctx.save_for_backward(x, lora_a, lora_b)
+        ctx.weight, ctx.scaling = weight, scaling
+        return F.linear(x, weight).addmm_(x @ lora_a.mT, lora_b.mT, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, lora_a, lora_b = ctx.saved_tensors
+        g = dy @ lora_b
+        da = (g.mT @ x).mul_(ctx.scaling)
+        db = (dy.mT @ (x @ lora_a.mT)).mul_(ctx.scaling)
+        return (dy @ ctx.weight).addmm_(g, lora_a, alpha=ctx.scaling), None, da, db, None
+
+
+def providers(device: torch.device) -> list[Provider]:
+    return [Provider("addmm scheme", _linear)]
+
+
+def _linear(problem, tensors):
+    if problem.dropout:
+        raise NotImplementedError("has no dropout: Unsloth takes another path there, Axolotl a dropout module before")
+    lora = (tensors.lora_a, tensors.lora_b)
+    return lambda x: _Addmm.apply(x, tensors.weight, *lora, problem.scaling), lora

@@ -1,0 +1,102 @@
+"""Models that other libraries made: their LoRA layers run our operation, and everything else about them stays theirs."""
+
+import functools
+import os
+import sys
+import warnings
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Layer(NamedTuple):
+    """One adapted layer: its name in the model, its class, and why it does not run fused (None: it does)."""
+
+    name: str
+    kind: str
+    reason: str | None
+
+
+class Report(NamedTuple):
+    """What runs fused, layer by layer; `str()` is for reading."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def fused(self) -> list[str]:
+        """The names of the layers that run fused."""
+        return [layer.name for layer in self.layers if layer.reason is None]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The names of the other layers, and why."""
+        return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=0)
+        lines = [
+            f"{layer.name:{width}}  {layer.kind}: {'fused' if layer.reason is None else layer.reason}"
+            for layer in self.layers
+        ]
+        return "\n".join([f"{len(self.fused)} of {len(self.layers)} adapted layers run fused", *lines])
+
+    __repr__ = __str__
+
+
+def apply_lora_kernels_to_model(model: nn.Module) -> Report:
+    """Let the LoRA layers of `model` run fused, in place; those that cannot go on as they were, and the report says why.
+
+    model  has layers of PEFT (0.18 to 0.21) or of microsoft's loralib
+
+    Only the layers' class changes: parameters, state dict, hooks, saving, merging and switching adapters stay PEFT's. So
+    adapters can be added later, to other layers too. A call that cannot run fused (a hook on `lora_A`, say) runs PEFT's own
+    forward, with one warning for each reason; with LORA_KERNELS_STRICT=1 in the environment it raises instead.
+    A second call changes nothing, and reports what is true then.
+
+    Raises TypeError if `model` is no module, ValueError if it has no LoRA layer, RuntimeError where LORA_KERNELS_STRICT is
+    set and a layer cannot run fused. docs/integrations.md has what runs fused and what does not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    layers = []
+    if "peft" in sys.modules:  # else the model has none of its layers
+        from lora_kernels.integrations import peft
+
+        layers += peft.fuse(model)
+    if not layers:
+        raise ValueError("model: has no LoRA layer of PEFT; add one with peft.get_peft_model first")
+    for layer in layers:
+        if layer.reason is not None:
+            fall_back(f"{layer.kind}: {layer.reason}")
+    return Report(tuple(layers))
+
+
+def patch_peft() -> AbstractContextManager:
+    """Let every PEFT model made or loaded from now on run fused, until `unpatch_peft()` or the end of a `with` block.
+
+    Models that were there before stay as they are. Raises ImportError without PEFT, or with one older than 0.18.
+    """
+    from lora_kernels.integrations import peft
+
+    return peft.patch()
+
+
+def unpatch_peft(model: nn.Module | None = None) -> None:
+    """End `patch_peft()`: models made from now on are PEFT's own. With a `model`, give it its own layers back instead."""
+    from lora_kernels.integrations import peft
+
+    peft.unpatch() if model is None else peft.unfuse(model)
+
+
+def fall_back(reason: str) -> None:
+    """Say once why something does not run fused; RuntimeError with LORA_KERNELS_STRICT=1."""
+    message = f"lora_kernels: not fused, {reason}"
+    if os.environ.get("LORA_KERNELS_STRICT") == "1":
+        raise RuntimeError(f"{message} (LORA_KERNELS_STRICT=1)")
+    _warn_once(message)
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, stacklevel=4)

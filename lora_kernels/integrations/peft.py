@@ -1,0 +1,297 @@
+"""PEFT: its `lora.Linear` with another forward, and nothing else changed.
+
+`y = base(x) + Σ scaling B(A(dropout(x)))`, summed over the active adapters, runs as one operation where its parts are what
+they look like: plain modules without hooks, a frozen dense weight. Everything is read anew on each call, since users swap
+weights, change scalings and set hooks whenever they like. What does not apply goes to PEFT's own forward, and is said.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+import peft
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from lora_kernels import BatchPlan, LayerAdapters, integrations, lora_linear, lora_linear_batched
+from lora_kernels.integrations import Layer
+
+if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 18):
+    raise ImportError(f"peft: got {peft.__version__}, expected 0.18 or newer")
+
+MAX_RANK = 512
+fall_back = torch.compiler.assume_constant_result(integrations.fall_back)  # said while tracing, not in the graph
+
+
+class NotFused(Exception):
+    """Why a call runs PEFT's own forward."""
+
+
+class FusedLinear(Linear):
+    """PEFT's `lora.Linear`, of which it is one in all but its forward."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not (self._disable_adapters or self.merged_adapters):
+            try:
+                return self._fused(x, *args, **kwargs)
+            except NotFused as reason:
+                fall_back(f"lora.Linear: {reason.args[0]}")
+        return super().forward(x, *args, **kwargs)
+
+    def _fused(self, x, *args, adapter_names=None, alora_offsets=None, **kwargs):
+        if args or kwargs:
+            raise NotFused("the base layer gets arguments besides x")
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
+        names = self.active_names()
+        if not names:
+            return self._modules["base_layer"](x)
+        weight, bias = self.weight_and_bias()
+        lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
+        _check_call(self, x, weight, lora_a)
+        return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+
+    def _mixed(self, x, names):
+        """A batch in which sample i uses the adapter `names[i]`, or none (`"__base__"`): inference."""
+        self._check_forward_args(x, adapter_names=names)
+        weight, bias = self.weight_and_bias()
+        slots, plan = _batch(tuple(names), x.shape[1:-1].numel(), x.device)
+        present = self._modules["lora_A"]._modules
+        adapters = {name: self.adapter(name) for name in slots if name in present}
+        if not adapters:
+            return self._modules["base_layer"](x)
+        for lora_a, lora_b, _, dropout_p in adapters.values():
+            _check_call(self, x, weight, lora_a)
+            if dropout_p > 0.0:
+                raise NotFused("a mixed batch with dropout")
+            if torch.is_grad_enabled() and (x.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
+                raise NotFused("a mixed batch with gradients; call it under torch.inference_mode()")
+        if torch.compiler.is_compiling() or weight.dtype != x.dtype or _casts(x):
+            raise NotFused("a mixed batch under torch.compile, or under autocast to another dtype")
+        return lora_linear_batched(x, weight, _stacked(adapters, slots, x), plan, bias=bias)
+
+    def active_names(self) -> list[str]:
+        """The active adapters that this layer has."""
+        active, present = self._active_adapter, self._modules["lora_A"]._modules
+        return [name for name in ((active,) if isinstance(active, str) else active) if name in present]
+
+    def weight_and_bias(self):
+        """The base layer's `weight [N,K]` and bias."""
+        base = self._modules["base_layer"]
+        kind = type(base)
+        if kind is not nn.Linear and kind is not Conv1D:
+            raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
+        _check_hooks("the base layer", base)
+        weight, bias = _parameter("the base layer", base, "weight"), _parameter("the base layer", base, "bias")
+        return weight if kind is nn.Linear else weight.mT, bias
+
+    def adapter(self, name):
+        """`(lora_a [R,K], lora_b [N,R], scaling, dropout_p)` of one adapter."""
+        if name in self.lora_variant:
+            raise NotFused(f"{type(self.lora_variant[name]).__name__} has no kernel")
+        weights = []
+        for part in ("lora_A", "lora_B"):
+            module = self._modules[part]._modules[name]
+            if type(module) is not nn.Linear:
+                raise NotFused(f"{part} is a {type(module).__name__}")
+            _check_hooks(part, module)
+            if module._parameters.get("bias") is not None:
+                raise NotFused(f"{part} has a bias")
+            weights.append(_parameter(part, module, "weight"))
+        if weights[0].shape[0] > MAX_RANK:
+            raise NotFused(f"the rank is {weights[0].shape[0]}, more than {MAX_RANK}")
+        dropout, dropout_p = self._modules["lora_dropout"]._modules[name], 0.0
+        _check_hooks("lora_dropout", dropout)
+        if type(dropout) is nn.Dropout and 0.0 <= dropout.p < 1.0:
+            dropout_p = dropout.p if dropout.training else 0.0
+        elif type(dropout) is not nn.Identity:
+            raise NotFused(f"lora_dropout is {dropout}")
+        return *weights, self.scaling[name], dropout_p
+
+    def _get_name(self) -> str:
+        return "Linear"  # PEFT reads the type of a layer off its repr
+
+    def extra_repr(self) -> str:
+        return "fused by lora_kernels"
+
+
+def combined(adapters):
+    """Several adapters as one: the sum of their terms is one term of their ranks' sum."""
+    if len(adapters) == 1 and _is_constant(adapters[0][2]):
+        return adapters[0]
+    if len(adapters) > 1 and any(dropout_p > 0.0 for *_, dropout_p in adapters):
+        raise NotFused("several active adapters with dropout: each has random numbers of its own")
+    if sum(lora_a.shape[0] for lora_a, *_ in adapters) > MAX_RANK:
+        raise NotFused(f"the ranks of the active adapters add up to more than {MAX_RANK}")
+    # What lora_linear's scaling cannot be (negative, trained, another one for each adapter) can be a part of A.
+    dtype = torch.promote_types(adapters[0][0].dtype, torch.float32)
+    lora_a = torch.cat([lora_a.to(dtype) * scaling for lora_a, _, scaling, _ in adapters])
+    lora_b = torch.cat([lora_b.to(dtype) for _, lora_b, _, _ in adapters], 1)
+    return lora_a, lora_b, 1.0, adapters[0][3]
+
+
+def _is_constant(scaling) -> bool:
+    """Whether lora_linear takes it as it is."""
+    if not isinstance(scaling, Tensor):
+        return 0.0 <= scaling < math.inf
+    if scaling.requires_grad or scaling.dim() or not scaling.is_floating_point():
+        return False
+    return scaling.device.type != "cpu" or torch.compiler.is_compiling() or 0.0 <= float(scaling) < math.inf
+
+
+def _stacked(adapters, slots, like) -> LayerAdapters:
+    """The adapters (by name) packed anew, each in its slot, on the device and in the dtype of `like`."""
+    ranks = [adapters[name][0].shape[0] if name in adapters else 0 for name in slots]
+    scalings = [adapters[name][2] if name in adapters else 0.0 for name in slots]
+    if any(isinstance(scaling, Tensor) for scaling in scalings):
+        scalings = torch.stack([torch.as_tensor(s, dtype=torch.float32, device=like.device) for s in scalings])
+    else:
+        scalings = _tensor(tuple(scalings), torch.float32, like.device)
+    return LayerAdapters(
+        torch.cat([lora_a for lora_a, *_ in adapters.values()]).to(like.dtype),
+        torch.cat([lora_b.mT for _, lora_b, *_ in adapters.values()]).to(like.dtype),
+        _tensor(tuple(ranks), torch.int32, like.device),
+        scalings,
+        _tensor(tuple(itertools.accumulate(ranks[:-1], initial=0)), torch.int64, like.device),
+        max(ranks),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor(values, dtype, device):
+    """A constant: the same values are on the device once, whatever layer or step they come from."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _batch(names: tuple[str, ...], rows_each: int, device) -> tuple[dict[str, int], BatchPlan]:
+    """The slot of each adapter named, and the plan of a batch of `rows_each` rows a sample: all layers share them."""
+    slots = {name: slot for slot, name in enumerate(dict.fromkeys(name for name in names if name != "__base__"))}
+    rows = torch.tensor([slots.get(name, -1) for name in names], dtype=torch.int32).repeat_interleave(rows_each)
+    return slots, BatchPlan(rows.to(device))
+
+
+def _check_hooks(what, module):
+    d = module.__dict__
+    if (
+        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
+        or "forward" in d
+    ):  # fmt: skip
+        raise NotFused(f"{what} has a hook, or a forward of its own")
+
+
+def _parameter(what, module, name):
+    parameter = module._parameters.get(name)
+    if type(parameter) not in (nn.Parameter, Tensor) and not (parameter is None and name == "bias"):
+        kind = "parametrised or sharded" if parameter is None else f"a {type(parameter).__name__}"
+        raise NotFused(f"the {name} of {what} is {kind}, not a plain tensor")
+    return parameter
+
+
+def _check_call(layer, x, weight, lora_a):
+    """Whether this x can run fused, here and now."""
+    if type(x) not in (Tensor, nn.Parameter):
+        raise NotFused(f"x is a {type(x).__name__}")
+    if x.is_nested or x.is_meta or x.layout is not torch.strided:
+        raise NotFused("x is nested, sparse or on the meta device")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise NotFused("the base weight trains")
+    fits = lora_a.dtype is x.dtype or (lora_a.dtype is torch.float32 and layer.cast_input_dtype_enabled)
+    if not (fits and weight.dtype is x.dtype) and not _autocasts(x):
+        raise NotFused(f"x is {x.dtype}, the base weight {weight.dtype}, the adapter {lora_a.dtype}")
+    if torch.compiler.is_compiling():
+        return
+    if _has_any_global_hook():
+        raise NotFused("there are global module hooks")
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    ):
+        raise NotFused("torch.jit.trace, torch.func or forward-mode AD look inside")
+
+
+def _autocasts(x) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
+
+
+def _casts(x) -> bool:
+    """Whether autocast would give the result another dtype than x's."""
+    return _autocasts(x) and torch.get_autocast_dtype(x.device.type) is not x.dtype
+
+
+def fuse(model: nn.Module) -> Iterator[Layer]:
+    """Swap the class of every `lora.Linear` of `model`, adapters added later included; yields what became of each layer."""
+    _follow_injections()
+    _swap(model, Linear, FusedLinear)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            theirs = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("peft.tuners."))
+            yield Layer(name, f"{theirs.__module__.split('.')[2]}.{theirs.__name__}", _reason(module))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every layer of `model` PEFT's own class back."""
+    _swap(model, FusedLinear, Linear)
+
+
+def _swap(model, old, new):
+    for module in model.modules():
+        if type(module) is old:
+            module.__class__ = new
+
+
+def _reason(module) -> str | None:
+    """Why `module` cannot run fused with its active adapters, or with all of them if none is."""
+    if type(module) is not FusedLinear:
+        return "no kernel for this class"
+    own_forward = module.__dict__.get("_old_forward") or module.__dict__.get("forward")  # accelerate keeps the old one
+    if own_forward is not None and getattr(own_forward, "__func__", None) is not FusedLinear.forward:
+        return "it has a forward of its own"
+    try:
+        weight, _ = module.weight_and_bias()
+        combined([module.adapter(name) for name in module.active_names() or module.lora_A])
+    except NotFused as reason:
+        return reason.args[0]
+    return "the base weight trains" if weight.requires_grad else None
+
+
+_inject_adapter = BaseTuner.inject_adapter
+_everywhere = False
+
+
+@functools.wraps(_inject_adapter)
+def _inject_and_fuse(self, model, *args, **kwargs):
+    # The one way by which adapters get into a model: new ones, loaded ones, and those added to other layers later.
+    fused = _everywhere or any(type(module) is FusedLinear for module in model.modules())
+    _inject_adapter(self, model, *args, **kwargs)
+    if fused:
+        _swap(model, Linear, FusedLinear)
+
+
+def _follow_injections():
+    BaseTuner.inject_adapter = _inject_and_fuse
+
+
+def patch() -> contextlib.ExitStack:
+    """See `lora_kernels.patch_peft`."""
+    global _everywhere
+    at_exit = contextlib.ExitStack()
+    if not _everywhere:
+        at_exit.callback(unpatch)
+    _everywhere = True
+    _follow_injections()
+    return at_exit
+
+
+def unpatch() -> None:
+    """See `lora_kernels.unpatch_peft`."""
+    global _everywhere
+    _everywhere = False
