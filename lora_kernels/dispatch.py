@@ -10,12 +10,9 @@ import torch
 
 from lora_kernels import configs, roofline
 from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, ON_REQUEST, triton, triton_batched
-<<<<<<< HEAD
 from lora_kernels.backends.dequantized import Dequantized
-from lora_kernels.formats import QuantizedWeight, named
-=======
 from lora_kernels.configs import tuned
->>>>>>> main
+from lora_kernels.formats import QuantizedWeight, named
 
 logger = logging.getLogger("lora_kernels")
 
@@ -289,17 +286,10 @@ def explain(
         for s in module.STRATEGIES
         if distinct or s == "chained" or configs.candidates(s, capability, dtype.itemsize, m, r)
     ]
-<<<<<<< HEAD
-    chosen = choose(problem, _asked_for(backend, problem), strategy)
-    return Explanation(
-        problem,
-        chosen if weight_format is None else _dequantizing(chosen, named(weight_format), torch.device("cuda")),
-=======
     plan = choose(problem, _asked_for(backend, problem), strategy)
     return Explanation(
         problem,
-        plan,
->>>>>>> main
+        plan if weight_format is None else _dequantizing(plan, named(weight_format), torch.device("cuda")),
         roofline.base_cost(m, n, k, dtype.itemsize, _ceilings(capability)),
         {s: modelled_cost(s, problem) for s in strategies},
         {s: module.strategy_reasons_unsupported(s, problem) for s in strategies},

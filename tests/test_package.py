@@ -20,14 +20,9 @@ TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 ALLOWED = {
     "__init__": {"adapters", "dispatch", "functional", "integrations", "modules"},
     "adapters": {"adapters", "functional", "modules", "torch", "safetensors"},
-<<<<<<< HEAD
+    "integrations": {"__init__", "integrations", "torch", "peft", "transformers"},
     "modules": {"formats", "functional", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
-=======
-    "integrations": {"__init__", "integrations", "torch", "peft", "transformers"},
-    "modules": {"functional", "torch"},
-    "functional": {"adapters", "autograd", "ops", "dispatch", "torch"},
->>>>>>> main
     "ops": {"adapters", "autograd", "dispatch", "torch"},
     "autograd": {"dispatch", "formats", "torch"},
     "dispatch": {"backends", "configs", "formats", "roofline", "torch"},
