@@ -94,7 +94,7 @@ def test_a_qlora_step_is_within_budget_of_the_truth_as_is_peft_over_bitsandbytes
     config = peft.LoraConfig(r=case.r, lora_alpha=16, target_modules=["0"])
     theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
     tensors = tensors._replace(weight=ours.weight.dequantize(torch.float32))
-    truth, eager, magnitude = testing._expected(case, tensors)
+    truth, eager, magnitude = testing.expected(case, tensors)
     for layer, a, b in (
         (ours, ours.lora_A.weight, ours.lora_B.weight),
         (theirs, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight),
