@@ -63,7 +63,7 @@ def assert_same(actual, expected):
 # The format itself.
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 200), (5, 7), (130, 129), (64, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (140, 65), (9, 256)], ids=str)
 def test_dequantize_rounds_the_fp32_values_once_in_whatever_chunks(make, shape, monkeypatch):
     weight = make(random(*shape, dtype=torch.bfloat16))
     values = weight._rows(0, shape[0])
@@ -149,8 +149,11 @@ def test_state_is_plain_tensors_that_files_and_casts_keep(make, tmp_path):
 # What is above it: the same results as with the dense values, bit for bit.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("leading", [(), (7,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "leading"),
+    [(torch.float32, (2, 3)), (torch.bfloat16, (7,)), (torch.float64, ()), (torch.float32, (0,))],
+    ids=str,
+)
 def test_lora_linear_and_its_gradients_are_those_of_the_dense_values(make, dtype, leading):
     weight, t = make(random(N, K, dtype=torch.bfloat16)), problem(dtype, leading)
     dense = weight.dequantize(dtype)
