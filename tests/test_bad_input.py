@@ -101,7 +101,7 @@ CASES = {
     "dropout-none": ({"dropout_p": None}, TypeError, "dropout_p: got NoneType, expected a float in [0, 1)"),
     "dropout-bool": ({"dropout_p": True}, TypeError, "dropout_p: got bool, expected a float in [0, 1)"),
     "dropout-tensor": ({"dropout_p": torch.tensor(0.1)}, TypeError, "dropout_p: got Tensor, expected a float in"),
-    "backend-unknown": ({"backend": "cublas"}, ValueError, "backend: got 'cublas', expected one of triton, eager"),
+    "backend-unknown": ({"backend": "cublas"}, ValueError, "backend: got 'cublas', expected one of triton, cpu, eager"),
     "backend-module": ({"backend": dispatch}, TypeError, "backend: got module, expected a name or None"),
     "strategy-unknown": ({"strategy": "split_k"}, ValueError, "strategy: got 'split_k', expected one of chained"),
     "strategy-int": ({"strategy": 1}, TypeError, "strategy: got int, expected a name or None"),

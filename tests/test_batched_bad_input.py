@@ -79,7 +79,7 @@ BAD = {
         lambda: call(plan=BatchPlan(torch.full((40,), 5, dtype=torch.int32))),
         ValueError, "slot 5, expected at most 4",
     ),
-    "unknown backend": (lambda: call(backend="cuda"), ValueError, "backend: got 'cuda'"),
+    "unknown backend": (lambda: call(backend="cublas"), ValueError, "backend: got 'cublas'"),
     "unknown strategy": (
         lambda: call(strategy="single_pass"),
         ValueError, "strategy: got 'single_pass', expected one of chained, extended",
