@@ -26,13 +26,16 @@ def take_turns(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str
 
 def device_timer(steps: list[Step], device: torch.device) -> Callable[[], float]:
     """A function that runs all `steps` and returns the seconds one took: on a GPU, of a CUDA graph's replay."""
-    return _graph_timer(steps) if device.type == "cuda" else wall_timer(steps)
+    if device.type == "cuda":
+        return _graph_timer(steps)
+    return wall_timer(steps, warm_up=steps[0]) if len(steps) == 1 else wall_timer(steps)
 
 
-def wall_timer(steps: list[Step], wait: Step = lambda: None) -> Callable[[], float]:
-    """Seconds per step on the host's clock; `wait` runs before and after, outside the time."""
+def wall_timer(steps: list[Step], wait: Step = lambda: None, warm_up: Step = lambda: None) -> Callable[[], float]:
+    """Seconds per step on the host's clock; outside the time `warm_up` runs before, and `wait` before and after."""
 
     def sample():
+        warm_up()  # those who ran before have swept the caches
         wait()
         start = time.perf_counter()
         for step in steps:

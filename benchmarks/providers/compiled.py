@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch._functorch.config
 
 from benchmarks.providers import Provider, eager
 
