@@ -96,9 +96,13 @@ def _dequantizing(plan: Plan, kind: type[QuantizedWeight], device) -> Plan:
     return Plan(Dequantized(plan.backend), plan.strategy, f"{plan.why}; {how}")
 
 
-def settings(dtype) -> tuple[str | None, bool]:
+# The dict behind os.environ, which itself takes microseconds to be asked.
+_environment, _BACKEND = os.environ._data, os.environ.encodekey("LORA_KERNELS_BACKEND")
+
+
+def settings(dtype) -> tuple:
     """What a choice for tensors of `dtype` depends on beside the call: the backend asked for, and tf32."""
-    return os.environ["LORA_KERNELS_BACKEND"] if "LORA_KERNELS_BACKEND" in os.environ else None, uses_tf32(dtype)
+    return _environment.get(_BACKEND), dtype is torch.float32 and triton.tf32_allowed()
 
 
 def uses_tf32(dtype) -> bool:
