@@ -98,3 +98,21 @@ def assert_within_budget(batch, y):
     accumulation = torch.finfo(torch.float32).eps * math.sqrt(terms)
     floor = 2 * torch.finfo(y.dtype).eps / math.sqrt(y.numel()) + accumulation  # as in docs/numerics.md
     assert rms(y) <= 1.25 * rms(eager) + floor
+
+
+def packed(adapters, device=DEVICE):
+    """The same adapters with rows for their own ranks, in any order and with gaps (NaN)."""
+    ranks = adapters.ranks.tolist()
+    total = sum(ranks) + 3 * len(ranks)
+    a, b = (
+        torch.full((total, size), math.nan, dtype=adapters.a.dtype)
+        for size in (adapters.a.shape[2], adapters.b.shape[1])
+    )
+    first_row, row = torch.empty(len(ranks), dtype=torch.int64), 2
+    for slot in reversed(range(len(ranks))):
+        rows = slice(row, row + ranks[slot])
+        a[rows], by_column = adapters.slot(slot, ranks[slot])
+        b[rows], first_row[slot] = by_column.mT, row
+        row += ranks[slot] + 3
+    parts = (a, b, adapters.ranks, adapters.scalings, first_row)
+    return LayerAdapters(*(part.to(device) for part in parts), adapters.max_rank)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from batches import CHOICES, Batch, assert_within_budget, on
+from batches import CHOICES, Batch, assert_within_budget, on, packed
 from conftest import INTERPRETED
 
 from lora_kernels import BatchPlan, LayerAdapters, lora_linear_batched
@@ -57,24 +57,6 @@ def test_slices_and_several_adapters_a_row(device, choice, shape, dtype):
         batch = Batch(**shape, dtype=dtype, device=device)
         batch.weight *= base
         assert_within_budget(batch, batch.run(choice))
-
-
-def packed(adapters, device):
-    """The same adapters with rows for their own ranks, in any order and with gaps (NaN)."""
-    ranks = adapters.ranks.tolist()
-    total = sum(ranks) + 3 * len(ranks)
-    a, b = (
-        torch.full((total, size), math.nan, dtype=adapters.a.dtype)
-        for size in (adapters.a.shape[2], adapters.b.shape[1])
-    )
-    first_row, row = torch.empty(len(ranks), dtype=torch.int64), 2
-    for slot in reversed(range(len(ranks))):
-        rows = slice(row, row + ranks[slot])
-        a[rows], by_column = adapters.slot(slot, ranks[slot])
-        b[rows], first_row[slot] = by_column.mT, row
-        row += ranks[slot] + 3
-    parts = (a, b, adapters.ranks, adapters.scalings, first_row)
-    return LayerAdapters(*(part.to(device) for part in parts), adapters.max_rank)
 
 
 @kernels_only

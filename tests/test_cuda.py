@@ -6,10 +6,10 @@ import random
 import emulated
 import pytest
 import torch
-from batches import Batch, assert_within_budget
+from batches import Batch, assert_within_budget, packed
 from conftest import DEVICE
 
-from lora_kernels import BatchPlan, LayerAdapters, lora_linear_batched, testing
+from lora_kernels import BatchPlan, lora_linear_batched, testing
 from lora_kernels.backends import cuda_batched, cuda_library, eager_batched, launcher, triton_batched
 from lora_kernels.dispatch import Problem, choose, explain
 
@@ -86,23 +86,6 @@ def random_batch(rng):
         bias=rng.random() < 0.5,
         per_row=rng.choice((1, 1, 1, 2, 5)),
     )
-
-
-def packed(adapters):
-    """The same adapters with rows for their own ranks, in any order and with gaps (NaN)."""
-    ranks = adapters.ranks.tolist()
-    a, b = (
-        torch.full((sum(ranks) + 3 * len(ranks), size), math.nan, dtype=adapters.a.dtype)
-        for size in (adapters.a.shape[2], adapters.b.shape[1])
-    )
-    first_row, row = torch.empty(len(ranks), dtype=torch.int64), 2
-    for slot in reversed(range(len(ranks))):
-        rows = slice(row, row + ranks[slot])
-        a[rows], by_column = adapters.slot(slot, ranks[slot])
-        b[rows], first_row[slot] = by_column.mT, row
-        row += ranks[slot] + 3
-    parts = (a, b, adapters.ranks, adapters.scalings, first_row)
-    return LayerAdapters(*(part.to(DEVICE) for part in parts), adapters.max_rank)
 
 
 def run_guarded(batch, rng):

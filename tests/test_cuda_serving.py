@@ -12,12 +12,11 @@ import pytest
 import torch
 from test_cuda import CHOICE, needs_kernels, shuffle  # noqa: F401
 from test_gpu_serving import (
-    DEVICE,
     NAMES,
-    REPEATS,
     STEPS,
     Served,
     capture,
+    check_repeats,
     on,
     sanitized,
     streams,
@@ -25,7 +24,6 @@ from test_gpu_serving import (
 )
 
 from lora_kernels import lora_linear_batched
-from lora_kernels.backends import launcher
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("shuffle")]
 
@@ -72,16 +70,7 @@ def test_two_streams_and_two_graphs_at_once():
 
 
 def test_the_same_bits_a_thousand_times():
-    served = served_layer()
-    with served.using(NAMES[:3]) as slots:
-        tenants = served.fill(random.Random(0), slots)
-        served.x.mul_(torch.rand(served.x.shape, device=DEVICE).to(served.x.dtype))  # sums depend on their order
-        first = served.y()
-        different = torch.zeros((), dtype=torch.bool, device=DEVICE)
-        for _ in range(REPEATS):
-            different |= (served.y() != first).any()
-    assert not different and not launcher.counters(served.x.device, 1).any()
-    torch.testing.assert_close(first, served.truth(tenants), atol=0.05, rtol=0.01)
+    check_repeats(served_layer())
 
 
 def run_small_batches():

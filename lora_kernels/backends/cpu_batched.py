@@ -5,26 +5,12 @@ import ctypes
 import torch
 
 from lora_kernels.backends import cpu_library
-from lora_kernels.backends.cpu_library import Batch, Slice, batched
+from lora_kernels.backends.cpu_library import DTYPES, Batch, Slice, batched
 from lora_kernels.backends.operands import row_major
 
 STRATEGIES = ("chained",)
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def reasons_unsupported(problem) -> list[str]:
-    """Why this backend cannot run `problem`; empty if it can. ValueError where LORA_KERNELS_CPU_ISA cannot be."""
-    if problem.device != "cpu":
-        return [f"x is on {problem.device}, not the CPU"]
-    if isinstance(reason := cpu_library.library(), str):
-        return [reason]
-    cpu_library.instruction_set()
-    return [] if problem.dtype in DTYPES else [f"{problem.dtype} is none of {', '.join(map(str, DTYPES))}"]
-
-
-def strategy_reasons_unsupported(strategy, problem) -> list[str]:
-    """Why `strategy` cannot run `problem`: never a reason."""
-    return []
+reasons_unsupported = cpu_library.reasons_unsupported
+strategy_reasons_unsupported = cpu_library.strategy_reasons_unsupported
 
 
 def forward(x, weight, bias, adapters, plan, strategy):

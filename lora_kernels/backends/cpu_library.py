@@ -9,8 +9,13 @@ import os
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
+import torch
+
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
 ABI = 3
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Slice(ctypes.Structure):
@@ -35,6 +40,21 @@ class Linear(ctypes.Structure):
         *(("keep_threshold", c_int32), ("keep_scale", c_float), ("scaling", c_float)),
         *((name, c_int32) for name in ("dtype", "gradient_dtype", "threads")),
     ]
+
+
+def reasons_unsupported(problem) -> list[str]:
+    """Why the compiled kernels cannot run `problem`; empty if they can. ValueError where LORA_KERNELS_CPU_ISA cannot be."""
+    if problem.device != "cpu":
+        return [f"x is on {problem.device}, not the CPU"]
+    if isinstance(reason := library(), str):
+        return [reason]
+    instruction_set()
+    return [] if problem.dtype in DTYPES else [f"{problem.dtype} is none of {', '.join(map(str, DTYPES))}"]
+
+
+def strategy_reasons_unsupported(strategy, problem) -> list[str]:
+    """Why `strategy` cannot run `problem`: never a reason."""
+    return []
 
 
 @functools.cache

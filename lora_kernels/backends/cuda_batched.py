@@ -6,7 +6,7 @@ On request only: it has not been timed on a GPU yet.
 import torch
 
 from lora_kernels.backends import cuda_library
-from lora_kernels.backends.cpu_batched import DTYPES
+from lora_kernels.backends.cpu_library import DTYPES
 from lora_kernels.backends.cuda_library import MAX_SLICES, Decode, Slice
 from lora_kernels.backends.launcher import counters
 from lora_kernels.backends.operands import cdiv, row_major
