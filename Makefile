@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile sanitize gpu gpu-report fuzz peft-judge bench tune lint readme clean
+.PHONY: help demo test compile sanitize gpu gpu-report fuzz peft-judge integrations bench tune lint readme clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,7 +14,7 @@ demo: $(VENV)/demo  ## fine-tune two adapters on a real model, serve 32; writes 
 	$(BIN)/python -m lora_kernels demo
 
 test: $(VENV)/dev  ## every test that needs no GPU: the interpreter, then the cross-compiler
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not compile and not gpu"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not compile and not gpu and not integration"
 	$(BIN)/python -m pytest -m compile
 
 compile: $(VENV)/dev  ## the static gate alone: cross-compile every kernel and read the machine code
@@ -56,6 +56,9 @@ fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 peft-judge: $(VENV)/judge  ## PEFT's own LoRA tests with and without us, every fused call and gradient compared
 	PYTHONPATH=. $(BIN)/python tests/peft_judge $(VENV)/peft-*.tar.gz --work out/peft-judge
 
+integrations: $(VENV)/integrations  ## the stacks that make test goes without: trainers, engines, sharding, other LoRA layers
+	$(BIN)/python -m pytest -m integration
+
 bench: $(VENV)/dev  ## every suite against every rival that is installed; writes benchmarks/results/, plots to out/bench/
 	$(BIN)/python -m lora_kernels bench
 
@@ -85,6 +88,11 @@ $(VENV)/judge: $(VENV)/dev requirements/judge.txt
 	$(PIP) --no-deps -r requirements/triton.txt
 	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary peft --dest $(VENV) \
 	  "$$(grep ^peft== requirements/dev.txt)"
+	@touch $@
+
+$(VENV)/integrations: $(VENV)/dev requirements/integrations.txt
+	$(PIP) -c requirements/torch.txt -c requirements/dev.txt -r requirements/integrations.txt
+	$(PIP) --no-deps -r requirements/triton.txt
 	@touch $@
 
 $(VENV)/demo: $(VENV)/dev requirements/demo.txt
