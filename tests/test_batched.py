@@ -139,6 +139,15 @@ def test_rows_are_isolated_bit_for_bit(device, choice, shape):
     assert torch.equal(batch.run(choice, slots=slots)[watched], y[watched])
 
 
+@every_choice
+@pytest.mark.parametrize("k", [33, 80])
+def test_a_nan_stays_in_its_row(device, choice, k):
+    """In bf16 too, with a K at which PyTorch's own products let it into the row above, on a CPU with AMX."""
+    batch = Batch(m=40, k=k, device=device, dtype=torch.bfloat16)
+    batch.x[5::7] = math.nan
+    assert torch.equal(batch.run(choice).isnan().any(1), batch.x.isnan().any(1))
+
+
 @kernels_only
 @every_batch
 def test_base_rows_equal_the_base_alone(device, choice, shape):

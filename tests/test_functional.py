@@ -59,6 +59,10 @@ LAYOUTS = {
         ("dy", "transposed"),
         ("dy", "expanded"),
     )
+} | {
+    # Rows of bf16 with NaN between them: what PyTorch's own products read there on a CPU with AMX.
+    f"{name}-padded-bf16": Case(**ALIGNED, **BF16, layouts={name: "padded"})
+    for name in ("x", "dy")
 }
 DTYPES = {
     f"{name}-{dtype}".replace("torch.", ""): Case(**shape, dtype=dtype, bias=True, needs=testing.TRAINABLE)

@@ -7,7 +7,7 @@ import torch
 
 from lora_kernels.backends import cpu_library
 from lora_kernels.backends.cpu_library import DTYPES, Linear, linear
-from lora_kernels.backends.operands import row_major
+from lora_kernels.backends.operands import row_major, with_clean_rows
 from lora_kernels.reference import keep_threshold
 
 STRATEGIES = ("chained",)
@@ -26,7 +26,7 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
     run, _, isa = linear()
     call = _call(x, a, b, h, scaling, dropout_p, seed, bias=_pointer(bias), y=y.data_ptr(), stride_x=x.stride(0))
     _check(run(call, isa), call)
-    return y.addmm_(x, weight.mT), h
+    return y.addmm_(with_clean_rows(x), weight.mT), h
 
 
 def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):
@@ -49,7 +49,7 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
         )  # fmt: skip
         _check(run(call, isa), call)
         if needs_x:
-            dx.addmm_(dy, weight)
+            dx.addmm_(with_clean_rows(dy), weight)
     return dx, da, db
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from lora_kernels import reference
+from lora_kernels.backends.operands import with_clean_rows
 
 STRATEGIES = ("chained",)
 
@@ -24,18 +25,21 @@ def strategy_reasons_unsupported(strategy, problem) -> list[str]:
 
 def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
     """`y [M,N]` and `h [M,R] = scaling drop(x) Aᵀ`, both in x's dtype."""
-    h = linear(_drop(x, dropout_p, seed), lora_a.to(x.dtype)).mul_(scaling)
-    return linear(h, lora_b.to(x.dtype), bias).addmm_(x, weight.mT), h
+    x = with_clean_rows(x)
+    dropped = x if dropout_p == 0.0 else with_clean_rows(_drop(x, dropout_p, seed))
+    h = linear(dropped, lora_a.to(x.dtype)).mul_(scaling)
+    return linear(with_clean_rows(h), lora_b.to(x.dtype), bias).addmm_(x, weight.mT), h
 
 
 def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):
     """`(dx [M,K], da [R,K], db [N,R])`, None where `needs` says so; da and db in lora_a's dtype."""
     needs_x, needs_a, needs_b = needs
     dx = da = db = None
+    dy = with_clean_rows(dy)
     if needs_x or needs_a:
         g = dy.mm(lora_b.to(dy.dtype)).mul_(scaling)
     if needs_x:
-        dx = _drop(g.mm(lora_a.to(dy.dtype)), dropout_p, seed).addmm_(dy, weight)
+        dx = _drop(with_clean_rows(g).mm(lora_a.to(dy.dtype)), dropout_p, seed).addmm_(dy, weight)
     if needs_a:
         da = g.mT.mm(_drop(x, dropout_p, seed)).to(lora_a.dtype)
     if needs_b:

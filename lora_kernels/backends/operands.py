@@ -17,6 +17,18 @@ def row_major(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def with_clean_rows(x):
+    """`x [M,K]`, or a copy of it with zeros between its rows, where PyTorch's products would let in what lies there.
+
+    With AMX, oneDNN 3.12 reads each row of a 16-bit operand on the left up to the next 32 elements, into the row below or
+    the gap, and multiplies the rest by zero: a NaN there is one in y, and one tenant's NaN another's.
+    """
+    if not x.is_cpu or x.element_size() != 2 or not x.shape[1] % 32 or x.shape[0] == 0:
+        return x
+    m, k = x.shape
+    return x.new_zeros(m, cdiv(k, 32) * 32)[:, :k].copy_(x)
+
+
 def on_16_bytes(*matrices) -> bool:
     """Whether TMA can address row-major `matrices`: base and row stride on 16-byte boundaries, no overlapping rows."""
     for t in matrices:

@@ -26,6 +26,7 @@ from lora_kernels.backends.operands import (
     row_major,
     stored,
     weight_operand,
+    with_clean_rows,
 )
 from lora_kernels.configs import legality, tuned
 from lora_kernels.reference import keep_threshold
@@ -117,8 +118,8 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
         h = _shrink(x, a, scaling, dropout_p, seed)
         if strategy == "extended":
             return _extended(x, w, h, b, bias), h
-        y = h.mm(b) if bias is None else torch.addmm(bias, h, b)
-        return y.addmm_(x, w), h
+        y = torch.nn.functional.linear(with_clean_rows(h), b.mT, bias)
+        return y.addmm_(with_clean_rows(x), w), h
 
 
 def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):
@@ -141,7 +142,7 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
             db = _wgrad(dy, h, torch.empty_like(lora_b, memory_format=torch.contiguous_format))
         if needs_x and dx is None:
             if strategy == "chained":
-                dx = _drop_in_place(g.mm(b), dropout_p, seed).addmm_(dy, weight)
+                dx = _drop_in_place(with_clean_rows(g).mm(b), dropout_p, seed).addmm_(with_clean_rows(dy), weight)
             else:
                 dx = _extended(dy, weight, g, b, None, dropout_p, seed)
         if needs_a:

@@ -22,6 +22,7 @@ from lora_kernels.backends.operands import (
     row_major,
     stored,
     weight_operand,
+    with_clean_rows,
 )
 from lora_kernels.backends.triton import reasons_unsupported  # noqa: F401
 
@@ -144,13 +145,13 @@ def _chained(x, weight, bias, tables, plan, h):
     """The base layer by PyTorch, beside it the shrink on a stream of its own, and then the adapters in place."""
     if x.device.type != "cuda":
         _shrink(x, tables, plan, h)
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
     else:
         stream, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
         side.wait_stream(stream)
         with torch.cuda.stream(side):
             _shrink(x, tables, plan, h)
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
         stream.wait_stream(side)  # also before anything that is read here can be freed or overwritten
     return _extended(x, weight, None, tables, plan, h, y)
 
