@@ -7,7 +7,6 @@ from importlib import import_module
 
 import pytest
 import rivals
-import support_table
 import torch
 
 from benchmarks import __main__ as command_line
@@ -302,12 +301,6 @@ def test_the_headline_takes_the_best_of_each(monkeypatch):
     report.write(suite, "", rows, CPU)
     line = next(line for line in readme.headline().splitlines() if "1.25" in line)
     assert [cell.strip() for cell in line.split("|")[3:6]] == ["1.25 (b)", "1.75 (as base)", "**1.12 (rival)**"]
-
-
-@pytest.mark.parametrize("page", support_table.PAGES, ids=lambda page: page.name)
-def test_the_pages_are_up_to_date(page, monkeypatch):
-    monkeypatch.undo()
-    assert support_table.update(page.read_text()) == page.read_text(), "run: make readme"
 
 
 def test_the_plots_are_up_to_date(monkeypatch):

@@ -5,6 +5,7 @@ import importlib
 import re
 from pathlib import Path
 
+import features
 import pytest
 import support_table
 
@@ -46,9 +47,30 @@ def test_printed_comments_are_what_is_printed(capsys):
     assert checked
 
 
-def test_the_support_table_is_up_to_date():
-    readme = (ROOT / "README.md").read_text()
-    assert support_table.update(readme) == readme, "run: make readme"
+@pytest.mark.parametrize("page", support_table.PAGES, ids=lambda page: page.name)
+def test_the_tables_are_up_to_date(page):
+    assert support_table.update(page.read_text()) == page.read_text(), "run: make readme"
+
+
+def test_features_are_read_without_an_import(tmp_path):
+    module = tmp_path / "test_it.py"
+    module.write_text("""
+import not_installed
+
+@not_installed.mark("slow")
+@feature("saving", f"{FUSED} (both ways)", stack="theirs")
+@feature("loading", EXACT)
+def test_files(): ...
+
+def test_unmarked(): ...
+""")
+    assert features.table(module).splitlines()[2:] == [
+        "| theirs | saving | fused (both ways) | `tests/test_it.py::test_files` |",
+        "|  | loading | exact | `tests/test_it.py::test_files` |",
+    ]
+    module.write_text('@feature("saving", "perhaps")\ndef test_files(): ...')
+    with pytest.raises(AssertionError, match="perhaps"):
+        features.table(module)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -13,11 +13,10 @@ from torch import nn
 peft = pytest.importorskip("peft")
 
 from conftest import DEVICE
+from features import FUSED, feature
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
-from peft_judge import features
 from peft_judge.cases import AT_16_BITS, K, Net, assert_same, config, peft_model, step
-from peft_judge.features import FUSED, feature
 
 import lora_kernels
 from lora_kernels.integrations.peft import FusedLinear
@@ -265,8 +264,9 @@ def test_deepcopy_and_pickle(x):
         assert torch.equal(model(x), y)
 
 
+@feature("`torch.compile(fullgraph=True)`, forward and backward", f"{FUSED} (one operator)")
 def test_compile_fullgraph(x):
-    """A row of the table by hand: what is compiled cannot be judged call by call."""
+    """What is compiled cannot be judged call by call."""
     model = peft_model(config(["up", "down"], fan_in_fan_out=True))
     model.add_adapter("other", config(r=3))
     lora_kernels.apply_lora_kernels_to_model(model)
@@ -285,9 +285,6 @@ def test_compile_fullgraph(x):
             torch.testing.assert_close(got, wanted)
         fused = [str(node.target) for node in graphs[-1].graph.nodes]
         assert any(name.startswith("lora_kernels.lora_linear") for name in fused), fused
-
-
-test_compile_fullgraph.feature = ("`torch.compile(fullgraph=True)`, forward and backward", "fused (one operator)")
 
 
 @feature("adapters added later, to other layers too", FUSED)
@@ -335,8 +332,3 @@ def test_repr_names_peft_s_layer():
     lora_kernels.apply_lora_kernels_to_model(model)
     assert repr(model).replace("fused by lora_kernels", "") != theirs != repr(model)
     assert {status.module_type for status in model.get_layer_status()} == {"lora.Linear"}
-
-
-def test_the_table_is_up_to_date():
-    page = features.PAGE.read_text()
-    assert features.update(page) == page, "run: PYTHONPATH=.:tests python -m peft_judge.features"

@@ -8,8 +8,8 @@ from torch import nn
 peft = pytest.importorskip("peft")
 
 from conftest import DEVICE
+from features import EXACT, feature
 from peft_judge.cases import BITWISE, K, N, Net, assert_same, config, peft_model, step
-from peft_judge.features import EXACT, feature
 from peft_judge.judge import FAULTS, planted
 
 import lora_kernels
@@ -124,6 +124,7 @@ def test_other_base_layers(x, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
+@feature("bitsandbytes' quantised layers", f"{EXACT}; the model's rest fused")
 def test_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
     base = Net()
@@ -137,9 +138,7 @@ def test_bitsandbytes():
     torch.testing.assert_close(model(x), expected)
 
 
-test_bitsandbytes.feature = ("bitsandbytes' quantised layers", "exact; the model's rest fused")
-
-
+@feature("embedding and convolution layers", f"{EXACT}; the model's rest fused")
 def test_other_layer_classes():
     class Other(nn.Module):
         def __init__(self):
@@ -157,9 +156,6 @@ def test_other_layer_classes():
     assert report.fused == ["base_model.model.up"]
     assert [layer.kind for layer in report.layers] == ["lora.Embedding", "lora.Conv1d", "lora.Linear"]
     torch.testing.assert_close(model(tokens), expected)
-
-
-test_other_layer_classes.feature = ("embedding and convolution layers", "exact; the model's rest fused")
 
 
 @feature("adapters of another dtype than x's (but fp32)", EXACT)
