@@ -15,6 +15,7 @@ struct Isa {
 
 const Isa kIsas[] = {  // the best first
 #if defined(__x86_64__)
+    {"amx", amx::supported, amx::batched, amx::forward, amx::backward},
     {"avx512_bf16", avx512_bf16::supported, avx512_bf16::batched, avx512_bf16::forward, avx512_bf16::backward},
     {"avx512", avx512::supported, avx512::batched, avx512::forward, avx512::backward},
     {"avx2", avx2::supported, avx2::batched, avx2::forward, avx2::backward},

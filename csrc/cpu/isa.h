@@ -1,6 +1,11 @@
 // One entry point an instruction set; each is compiled with flags of its own (setup.py).
 #pragma once
 #include "../lora.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace generic {
 void batched(const LoraBatch&);
@@ -31,4 +36,19 @@ void batched(const LoraBatch&);
 bool forward(const LoraLinear&);
 bool backward(const LoraLinear&);
 }
+namespace amx {
+// Linux lends a process tiles where it asks for them: ARCH_REQ_XCOMP_PERM of XTILEDATA, with no harm as often as one likes.
+inline bool supported() {
+#ifdef SYS_arch_prctl
+  unsigned unused, features = 0;
+  return avx512_bf16::supported() && __get_cpuid_count(7, 0, &unused, &unused, &unused, &features) &&
+         (features >> 22 & features >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+void batched(const LoraBatch&);
+bool forward(const LoraLinear&);
+bool backward(const LoraLinear&);
+}  // namespace amx
 #endif
