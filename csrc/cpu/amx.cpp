@@ -21,6 +21,23 @@ struct alignas(64) Shapes {
   uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide};
 };
 
+// The units of the last tiles, as this thread's tiles are configured; 0: they are not. It takes longer than ten products.
+thread_local int64_t last_units;
+
+inline void configure(int64_t units) {
+  Shapes shapes;
+  shapes.row_bytes[kLastLeft] = units * sizeof(float), shapes.rows[kLastRight] = last_units = units;
+  asm volatile("ldtilecfg %0" : : "m"(shapes));
+}
+
+template <>
+struct Multiplying<bf16> {
+  ~Multiplying() {
+    if (last_units) asm volatile("tilerelease");
+    last_units = 0;
+  }
+};
+
 template <int TILE>
 inline void load_tile(const float* from, int64_t stride) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(from), "r"(stride * sizeof *from) : "memory");
@@ -89,9 +106,8 @@ inline void tiles(const float* left, int64_t left_stride, const float* right, in
 template <>
 inline void product<bf16>(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t columns,
                           int64_t units, bool first, float* out, int64_t out_stride) {
-  Shapes shapes;
-  if (const int64_t last = units % kSide) shapes.row_bytes[kLastLeft] = last * sizeof *left, shapes.rows[kLastRight] = last;
-  asm volatile("ldtilecfg %0" : : "m"(shapes));
+  const int64_t last = units % kSide;
+  if (!last_units || (last && last != last_units)) configure(last ? last : kSide);
   for (int64_t at = 0; at < columns; at += kPanel, right += units * kPanel, out += kPanel) {
     const int64_t vectors = ceiling(smaller(kPanel, columns - at), kLanes);
     for (int64_t m = 0; m < rows;) {
@@ -103,7 +119,6 @@ inline void product<bf16>(const float* left, int64_t left_stride, int64_t rows, 
       }
     }
   }
-  asm volatile("tilerelease");
 }
 
 }  // namespace

@@ -18,6 +18,12 @@ inline float sum(Vec v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// Of 64-bit words: the products of their low halves; a0 b0 a2 b2 ..; a1 b1 a3 b3 ..
+typedef uint64_t Wide __attribute__((vector_size(32)));
+inline Wide low_product(Wide a, uint32_t b) { return (Wide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+inline Wide evens(Wide a, Wide b) { return (Wide)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b); }
+inline Wide odds(Wide a, Wide b) { return (Wide)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b); }
+
 inline __m128i bits(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
 inline Vec load(const bf16* from) {

@@ -29,6 +29,12 @@ inline Vec load_part(const T* from, int64_t count) {
   return widened(_mm256_maskz_loadu_epi16(first(count), from), T());
 }
 
+// Of 64-bit words: the products of their low halves; a0 b0 a2 b2 ..; a1 b1 a3 b3 ..
+typedef uint64_t Wide __attribute__((vector_size(64)));
+inline Wide low_product(Wide a, uint32_t b) { return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }
+inline Wide evens(Wide a, Wide b) { return (Wide)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b); }
+inline Wide odds(Wide a, Wide b) { return (Wide)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b); }
+
 inline __m256i narrowed(Vec v, bf16) {
 #ifdef __AVX512BF16__
   return (__m256i)_mm512_cvtneps_pbh(v);

@@ -16,7 +16,7 @@ constexpr int64_t kStagger = 16;           // floats: rows a power of two apart 
 template <class T>
 constexpr int64_t kElements = kDepth * kPerUnit<T>;
 
-static_assert(kPanel % 8 == 0, "the mask is drawn for eight columns at a time");
+static_assert(kPanel % 8 == 0 && kSweep % (8 * kCounters) == 0 && kDepth % (8 * kCounters) == 0, "the mask is drawn in whole vectors");
 
 struct Share { int64_t begin, end; };
 
@@ -144,6 +144,7 @@ inline bool forward_of(const LoraLinear& p) {
   if (!a || !b) return false;
 #pragma omp parallel num_threads(p.threads)
   {
+    [[maybe_unused]] const Multiplying<T> multiplying;
     pack_blocks<T>(p, p.k, a, [&](int64_t at, int64_t count, float* to) {
       pack_right_of_transposed(static_cast<const T*>(p.a) + at, p.stride_a, count, p.r, to);
     });
@@ -260,6 +261,7 @@ inline bool backward_of(const LoraLinear& p) {
   if (!s.allocated()) return false;
 #pragma omp parallel num_threads(p.threads)
   {
+    [[maybe_unused]] const Multiplying<T> multiplying;
     if (p.dx) {
       pack_panels<T>(p, p.k, s.a, [&](int64_t at, int64_t count, float* to) {
         pack_right(static_cast<const T*>(p.a) + at, p.stride_a, p.r, count, to);

@@ -136,6 +136,10 @@ inline void product_panel(const float* left, int64_t left_stride, int64_t rows, 
   }
 }
 
+// A thread has one as long as it multiplies: AMX tidies up behind it.
+template <class T>
+struct Multiplying {};
+
 template <class T>
 inline void product(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t columns,
                     int64_t units, bool first, float* out, int64_t out_stride) {
