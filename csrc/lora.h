@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define LORA_ABI 3  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_ABI 4  // raise it with any change below, so that Python refuses a library built from other sources
 #define LORA_MAX_RANK 512
 
 enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
@@ -27,7 +27,7 @@ struct LoraBatch {
   const int32_t* order;  // the entries by ascending slot
   const float* weights;  // as slots, or null
   const LoraSlice* slices;
-  float* h;  // [sum of max_rank, rows adapters_per_row], scratch that lora_batched allocates
+  float* h;  // [sum of max_rank, rows adapters_per_row], scratch; as x, y, stride_x and threads it is lora_batched that sets it
   int64_t rows, k, stride_x, stride_y, adapters_per_row, num_slots, num_slices;
   int32_t dtype, threads;
 };

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 3
+ABI = 4
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -67,7 +67,7 @@ def library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its library does not load: {error}"
     found.lora_isa_name.restype = ctypes.c_char_p
-    found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_int32)
+    found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_void_p, c_int64, c_void_p, c_int32, c_int32)
     if found.lora_abi() != ABI:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
@@ -99,7 +99,7 @@ def instruction_set() -> str:
 
 @functools.cache
 def batched():
-    """`run(batch, index)`: the batched kernel, and the index of the instruction set in use."""
+    """`run(batch, x, stride_x, y, threads, index)`: the batched kernel, and the index of the instruction set in use."""
     return library().lora_batched, _index()
 
 
