@@ -50,9 +50,7 @@ def lora_projections(x, layers) -> list[Tensor]:
 
 def lora_projections_backward(dys, x, layers):
     """`dx [M,K]`, the sum of what each layer sends back, and the layers' `[(da, db, dbias)]`."""
-    gradients = [
-        lora_linear_backward(dy, x, *layer[:4], *layer[5:]) for dy, layer in zip(dys, layers, strict=True)
-    ]
+    gradients = [lora_linear_backward(dy, x, *layer[:4], *layer[5:]) for dy, layer in zip(dys, layers, strict=True)]
     return sum(dx for dx, *_ in gradients), [rest for _, *rest in gradients]
 
 

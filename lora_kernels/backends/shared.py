@@ -67,7 +67,9 @@ def backward(dys, x, hs, layers, needs_x, needs):
     """
     wanted = [dy is not None and (needs_x or any(need)) for dy, need in zip(dys, needs, strict=True)]
     dx, grads = None, [(None, None)] * len(layers)
-    together = [i for i in _together(next(dy for dy in dys if dy is not None), layers) if wanted[i]]
+    if not any(wanted):
+        return dx, grads
+    together = [i for i in _together(dys[wanted.index(True)], layers) if wanted[i]]
     if len(together) > 1:
         dx = _backward_together(dys, x, hs, layers, needs_x, needs, together, grads)
     for i, (dy, layer) in enumerate(zip(dys, layers, strict=True)):

@@ -59,6 +59,8 @@ class LoRAMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         (x, z, u), (gate, up, down), hs, biases = _saved(ctx)
         needs_x, _, _, *needs = ctx.needs_input_grad
         of_gate, of_up, of_down = _adapter_needs(needs)
@@ -158,4 +160,4 @@ def _adapters(layers):
 
 def _once(*grads, depends_on):
     """The gradients, which raise where they are differentiated again (create_graph=True)."""
-    return OnceDifferentiable.apply(*grads, *depends_on)[: len(grads)] if torch.is_grad_enabled() else grads
+    return OnceDifferentiable.apply(len(grads), *grads, *depends_on) if torch.is_grad_enabled() else grads

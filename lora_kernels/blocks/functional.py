@@ -170,8 +170,15 @@ def _check(x, projection, backend, strategy):
     weight, lora_a, lora_b, _, bias, _ = projection
     if (lora_a is None) != (lora_b is None):
         given, missing = ("lora_b", "lora_a") if lora_a is None else ("lora_a", "lora_b")
-        raise TypeError(f"{missing}: got None, expected a torch.Tensor, since {given} is there (without adapter: both None)")
-    if lora_a is None and isinstance(x, Tensor) and isinstance(weight, Tensor | QuantizedWeight) and len(weight.shape) == 2:
+        raise TypeError(
+            f"{missing}: got None, expected a torch.Tensor, since {given} is there (without adapter: both None)"
+        )
+    if (
+        lora_a is None
+        and isinstance(x, Tensor)
+        and isinstance(weight, Tensor | QuantizedWeight)
+        and len(weight.shape) == 2
+    ):
         lora_a, lora_b = x.new_empty(1, weight.shape[1]), x.new_empty(weight.shape[0], 1)  # any that is in order
     functional._check(x, weight, lora_a, lora_b, bias, backend, strategy)
 
