@@ -1,7 +1,8 @@
-"""Blocks under the judge: random problems, their truth from reference.py, and the error budget of `testing` for every result."""
+"""Blocks under the judge: random problems, their truth from reference.py, the error budget of `testing` for every result."""
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from conftest import DEVICE
@@ -66,9 +67,8 @@ def learning(x, projections):
 
 def expected(block, x, projections, dys, convert):
     """Results and gradients by name, from the specification, on tensors that `convert` made."""
-    rows, torch_seed = x.detach().reshape(-1, block.k), torch.manual_seed(block.seed)
-    del torch_seed
-    layers = []
+    torch.manual_seed(block.seed)
+    rows, layers = x.detach().reshape(-1, block.k), []
     for p in projections:
         n, k = p.weight.shape
         a, b = (x.new_empty(0, k), x.new_empty(n, 0)) if p.lora_a is None else (p.lora_a, p.lora_b)
@@ -102,7 +102,7 @@ def check(block, backend=None, strategy=None):
                 grads = torch.autograd.grad(ys, list(wanted.values()), dys) if wanted else ()
                 runs.append({f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(wanted, grads, strict=True)))
         truth = expected(twin, x, projections, dys, torch.Tensor.double)
-        eager = expected(twin, x, projections, dys, lambda t: t.to(twin.dtype))
+        eager = expected(twin, x, projections, dys, partial(torch.Tensor.to, dtype=twin.dtype))
         for name, actual in runs[0].items():
             assert torch.equal(actual, runs[1][name]), f"{name}: a second run gave other bits\n{twin}"
             like = actual if name.startswith("y") else wanted[name]
