@@ -57,7 +57,9 @@ def _forward(x, layer, h, layers):
     if plan is not None and h is None:
         return plan.forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
     with _values(weight, x) as w:
-        return linear(with_clean_rows(x), w, bias) if plan is None else products(layers).expand(x, w, h, lora_b, bias, plan.strategy), h
+        return linear(with_clean_rows(x), w, bias) if plan is None else products(layers).expand(
+            x, w, h, lora_b, bias, plan.strategy
+        ), h
 
 
 def backward(dys, x, hs, layers, needs_x, needs):
