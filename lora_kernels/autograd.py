@@ -40,7 +40,7 @@ class LoRALinearFunction(torch.autograd.Function):
             dx, da, db = ctx.plan.backward(dy, x, h, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
             dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
         if torch.is_grad_enabled():  # create_graph=True
-            dx, dbias, da, db = OnceDifferentiable.apply(dx, dbias, da, db, dy, x, lora_a, lora_b)
+            dx, dbias, da, db = OnceDifferentiable.apply(4, dx, dbias, da, db, dy, x, lora_a, lora_b)
         return dx, None, dbias, da, db, None, None, None, None
 
 
@@ -68,15 +68,15 @@ class QuantizedLinearFunction(torch.autograd.Function):
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """Returns the first four arguments, and raises where they are differentiated again, in whatever they depend on.
+    """Returns the first `count` tensors, and raises where they are differentiated again, in whatever they depend on.
 
     PyTorch's `once_differentiable` looks at dy alone, so that a gradient penalty on a dx that depends on a trained B
     would silently be worth nothing.
     """
 
     @staticmethod
-    def forward(ctx, dx, dbias, da, db, *depends_on):
-        return dx, dbias, da, db
+    def forward(ctx, count, *grads_and_depends_on):
+        return grads_and_depends_on[:count]
 
     @staticmethod
     def backward(ctx, *grads):

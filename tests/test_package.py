@@ -18,9 +18,10 @@ MAX_LINES = 420
 TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 # What each part may import: of the package, and of what is installed.
 ALLOWED = {
-    "__init__": {"adapters", "dispatch", "functional", "integrations", "modules"},
+    "__init__": {"adapters", "blocks", "dispatch", "functional", "integrations", "modules"},
     "adapters": {"adapters", "functional", "modules", "torch", "safetensors"},
     "integrations": {"__init__", "integrations", "torch", "peft", "transformers"},
+    "blocks": {"autograd", "backends", "blocks", "dispatch", "formats", "functional", "modules", "ops", "torch"},
     "modules": {"formats", "functional", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
     "ops": {"adapters", "autograd", "dispatch", "torch"},

@@ -37,10 +37,13 @@ class NotFused(Exception):
 class FusedLinear(Linear):
     """PEFT's `lora.Linear`, of which it is one in all but its forward."""
 
+    together = None  # the layers that read the same x and run as one: a Together of integrations/transformers.py
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not (self._disable_adapters or self.merged_adapters):
             try:
-                return self._fused(x, *args, **kwargs)
+                y = None if self.together is None or args or kwargs else self.together.result(self, x)
+                return self._fused(x, *args, **kwargs) if y is None else y
             except NotFused as reason:
                 fall_back(f"lora.Linear: {reason.args[0]}")
         return super().forward(x, *args, **kwargs)
@@ -50,13 +53,17 @@ class FusedLinear(Linear):
             raise NotFused("the base layer gets arguments besides x")
         if adapter_names is not None:
             return self._mixed(x, adapter_names)
-        names = self.active_names()
-        if not names:
+        if not self.active_names():
             return self._modules["base_layer"](x)
-        weight, bias = self.weight_and_bias()
-        lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
-        _check_call(self, x, weight, lora_a)
+        weight, lora_a, lora_b, scaling, bias, dropout_p = self.operands(x)
         return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+
+    def operands(self, x):
+        """`(weight [N,K], lora_a [R,K], lora_b [N,R], scaling, bias, dropout_p)` of the active adapters, for x."""
+        weight, bias = self.weight_and_bias()
+        lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in self.active_names()])
+        check_call(self, x, weight, lora_a)
+        return weight, lora_a, lora_b, scaling, bias, dropout_p
 
     def _mixed(self, x, names):
         """A batch in which sample i uses the adapter `names[i]`, or none (`"__base__"`): inference."""
@@ -68,7 +75,7 @@ class FusedLinear(Linear):
         if not adapters:
             return self._modules["base_layer"](x)
         for lora_a, lora_b, _, dropout_p in adapters.values():
-            _check_call(self, x, weight, lora_a)
+            check_call(self, x, weight, lora_a)
             if dropout_p > 0.0:
                 raise NotFused("a mixed batch with dropout")
             if torch.is_grad_enabled() and (x.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
@@ -88,7 +95,7 @@ class FusedLinear(Linear):
         kind = type(base)
         if kind is not nn.Linear and kind is not Conv1D:
             raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
-        _check_hooks("the base layer", base)
+        check_hooks("the base layer", base)
         weight, bias = _parameter("the base layer", base, "weight"), _parameter("the base layer", base, "bias")
         return weight if kind is nn.Linear else weight.mT, bias
 
@@ -101,14 +108,14 @@ class FusedLinear(Linear):
             module = self._modules[part]._modules[name]
             if type(module) is not nn.Linear:
                 raise NotFused(f"{part} is a {type(module).__name__}")
-            _check_hooks(part, module)
+            check_hooks(part, module)
             if module._parameters.get("bias") is not None:
                 raise NotFused(f"{part} has a bias")
             weights.append(_parameter(part, module, "weight"))
         if weights[0].shape[0] > MAX_RANK:
             raise NotFused(f"the rank is {weights[0].shape[0]}, more than {MAX_RANK}")
         dropout, dropout_p = self._modules["lora_dropout"]._modules[name], 0.0
-        _check_hooks("lora_dropout", dropout)
+        check_hooks("lora_dropout", dropout)
         if type(dropout) is nn.Dropout and 0.0 <= dropout.p < 1.0:
             dropout_p = dropout.p if dropout.training else 0.0
         elif type(dropout) is not nn.Identity:
@@ -178,7 +185,7 @@ def _batch(names: tuple[str, ...], rows_each: int, device) -> tuple[dict[str, in
     return slots, BatchPlan(rows.to(device))
 
 
-def _check_hooks(what, module):
+def check_hooks(what, module):
     d = module.__dict__
     if (
         d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
@@ -195,7 +202,7 @@ def _parameter(what, module, name):
     return parameter
 
 
-def _check_call(layer, x, weight, lora_a):
+def check_call(layer, x, weight, lora_a):
     """Whether this x can run fused, here and now."""
     if type(x) not in (Tensor, nn.Parameter):
         raise NotFused(f"x is a {type(x).__name__}")
@@ -234,7 +241,7 @@ def fuse(model: nn.Module) -> Iterator[Layer]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             theirs = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("peft.tuners."))
-            yield Layer(name, f"{theirs.__module__.split('.')[2]}.{theirs.__name__}", _reason(module))
+            yield Layer(name, f"{theirs.__module__.split('.')[2]}.{theirs.__name__}", reason_not_fused(module))
 
 
 def unfuse(model: nn.Module) -> None:
@@ -248,7 +255,7 @@ def _swap(model, old, new):
             module.__class__ = new
 
 
-def _reason(module) -> str | None:
+def reason_not_fused(module) -> str | None:
     """Why `module` cannot run fused with its active adapters, or with all of them if none is."""
     if type(module) is not FusedLinear:
         return "no kernel for this class"
