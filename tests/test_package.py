@@ -19,11 +19,11 @@ TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 # What each part may import: of the package, and of what is installed.
 ALLOWED = {
     "__init__": {"adapters", "dispatch", "functional", "integrations", "modules"},
-    "adapters": {"adapters", "functional", "modules", "torch", "safetensors"},
+    "adapters": {"adapters", "formats", "functional", "modules", "torch", "safetensors"},
     "integrations": {"__init__", "integrations", "torch", "peft", "transformers"},
     "modules": {"formats", "functional", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
-    "ops": {"adapters", "autograd", "dispatch", "torch"},
+    "ops": {"adapters", "autograd", "dispatch", "formats", "torch"},
     "autograd": {"dispatch", "formats", "torch"},
     "dispatch": {"backends", "configs", "formats", "roofline", "torch"},
     "roofline": set(),
