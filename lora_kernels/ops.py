@@ -13,8 +13,8 @@ from torch import Tensor
 from lora_kernels import dispatch
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.autograd import autocasts, bias_gradient, no_double_backward
+from lora_kernels.backends.dequantized import dense
 from lora_kernels.formats import QuantizedWeight, named
-from lora_kernels.formats.scratch import dense
 
 # Not a list of tensors: with one, autograd wants to know how many trailing arguments the dispatcher has left out.
 _QUANTIZED = "str? format=None, int[] layout=[]" + "".join(f", Tensor? scales_{i}=None" for i in range(4))

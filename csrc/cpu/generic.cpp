@@ -14,6 +14,10 @@ inline Vec fma(Vec a, Vec b, Vec c) { return c + a * b; }
 inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 template <class T>
 inline Vec load(const T* from) { return Vec{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])}; }
+inline Vec load(const int8_t* from) { return Vec{float(from[0]), float(from[1]), float(from[2]), float(from[3])}; }
+inline Vec lookup(const uint8_t* from, const float* table) {
+  return Vec{table[from[0] >> 4], table[from[0] & 15], table[from[1] >> 4], table[from[1] & 15]};
+}
 template <class T>
 inline void store(T* to, Vec v) {
   for (int i = 0; i < kLanes; ++i) narrow(v[i], to[i]);
@@ -25,3 +29,4 @@ inline void store(T* to, Vec v) {
 #include "dot.h"
 #include "batched.h"
 #include "linear.h"
+#include "dequantize.h"

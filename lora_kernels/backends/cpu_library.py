@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 3
+ABI = 4
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -39,6 +39,17 @@ class Linear(ctypes.Structure):
         *((name, c_int64) for name in ("m", "n", "k", "r", "stride_x", "stride_a", "stride_b", "stride_dy", "seed")),
         *(("keep_threshold", c_int32), ("keep_scale", c_float), ("scaling", c_float)),
         *((name, c_int32) for name in ("dtype", "gradient_dtype", "threads")),
+    ]
+
+
+class Dequantize(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("codes", "scale", "zero", "absmax", "nested_code", "nested_offset", "out")),
+        *(
+            (name, c_int64)
+            for name in ("elements", "columns", "block_rows", "block_columns", "stride_row", "stride_word")
+        ),
+        *((name, c_int32) for name in ("format", "dtype", "threads")),
     ]
 
 
@@ -72,6 +83,7 @@ def library() -> ctypes.CDLL | str:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
         )
+    found.lora_dequantize.argtypes, found.lora_dequantize.restype = (ctypes.POINTER(Dequantize), c_int32), None
     for kernel in (found.lora_forward, found.lora_backward):
         kernel.argtypes = (ctypes.POINTER(Linear), c_int32)
     return found
@@ -107,6 +119,12 @@ def batched():
 def linear():
     """`forward(linear, index)`, `backward(linear, index)`: the kernels of one adapter, and that index."""
     return library().lora_forward, library().lora_backward, _index()
+
+
+@functools.cache
+def dequantize():
+    """`run(weight, index)`: a quantised weight's dense values, and that index; None without a library."""
+    return None if isinstance(library(), str) else (library().lora_dequantize, _index())
 
 
 def _index():

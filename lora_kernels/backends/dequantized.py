@@ -1,6 +1,11 @@
 """Any backend, run on a quantised weight's dense values, which last as long as the call."""
 
-from lora_kernels.formats.scratch import dense
+import functools
+
+from lora_kernels.backends.cpu_dequantize import dequantize
+from lora_kernels.formats import scratch
+
+dense = functools.partial(scratch.dense, dequantize=dequantize)
 
 
 class Dequantized:

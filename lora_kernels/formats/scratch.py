@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,8 +20,12 @@ _scratches: dict[tuple, _Scratch] = {}
 
 
 @contextlib.contextmanager
-def dense(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
+def dense(
+    weight: QuantizedWeight, dtype: torch.dtype, dequantize: Callable[[QuantizedWeight, Tensor], Tensor]
+) -> Iterator[Tensor]:
     """The dense `weight [N, K]` in `dtype`, until the context is left; then the next layer may write over it.
+
+    `dequantize(weight, out)` writes it to `out` and returns that.
 
     There is one buffer for each device, dtype and stream, as large as the largest weight so far. On a GPU a stream runs
     what was launched in order, so that a kernel that reads the buffer is done before the next layer fills it. Of several
@@ -30,7 +34,7 @@ def dense(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
     device, elements, stream = weight.device, weight.shape.numel(), None
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            yield weight.dequantize(dtype)
+            yield dequantize(weight, torch.empty(weight.shape, dtype=dtype, device=device))
             return
         stream = torch.cuda.current_stream(device).cuda_stream
     scratch = _scratches.setdefault((device, dtype, stream), _Scratch())
@@ -39,7 +43,7 @@ def dense(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
             scratch.buffer = None  # before the larger one is there, not after
             with torch.inference_mode(False):  # else no later call outside of inference mode could write to it
                 scratch.buffer = torch.empty(elements, dtype=dtype, device=device)
-        yield weight.dequantize(out=scratch.buffer[:elements].view(weight.shape))
+        yield dequantize(weight, scratch.buffer[:elements].view(weight.shape))
 
 
 def scratch_bytes() -> int:
