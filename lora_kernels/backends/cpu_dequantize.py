@@ -34,14 +34,13 @@ def _int4(weight):
 OPERANDS = {"nf4": _nf4, "int8": _int8, "fp8": _fp8, "int4": _int4}  # in the order of csrc/lora.h
 
 
-def dequantize(weight: QuantizedWeight, out: Tensor) -> Tensor:
-    """`weight.dequantize(out=out)`, by the compiled kernel where there is one."""
+def dequantize(weight: QuantizedWeight, out: Tensor) -> bool:
+    """Write the dense values to a contiguous `out [N, K]`; False where no compiled kernel can, and nothing was done."""
     codes = weight.state()[0]
-    compiled = codes.is_cpu and weight.name in OPERANDS and (codes.is_contiguous() or weight.name == "int4")
-    kernel = cpu_library.dequantize() if compiled and out.dtype in DTYPES else None
-    if kernel is None:
-        return weight.dequantize(out=out)
-    run, isa = kernel
+    known = weight.name in OPERANDS and (codes.is_contiguous() or weight.name == "int4")
+    if not known or out.dtype not in DTYPES or isinstance(cpu_library.library(), str):
+        return False
+    run, isa = cpu_library.dequantize()
     operands = OPERANDS[weight.name](weight)
     tensors = {name: value.contiguous() for name, value in operands.items() if isinstance(value, Tensor)}
     call = Dequantize(
@@ -50,4 +49,4 @@ def dequantize(weight: QuantizedWeight, out: Tensor) -> Tensor:
         dtype=DTYPES[out.dtype], threads=torch.get_num_threads(),
     )  # fmt: skip
     run(call, isa)
-    return out
+    return True

@@ -123,8 +123,8 @@ def linear():
 
 @functools.cache
 def dequantize():
-    """`run(weight, index)`: a quantised weight's dense values, and that index; None without a library."""
-    return None if isinstance(library(), str) else (library().lora_dequantize, _index())
+    """`run(weight, index)`: a quantised weight's dense values, and that index."""
+    return library().lora_dequantize, _index()
 
 
 def _index():
