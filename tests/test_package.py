@@ -20,7 +20,7 @@ TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 ALLOWED = {
     "__init__": {"adapters", "dispatch", "functional", "integrations", "modules"},
     "adapters": {"adapters", "formats", "functional", "modules", "torch", "safetensors"},
-    "integrations": {"__init__", "integrations", "torch", "peft", "transformers"},
+    "integrations": {"__init__", "formats", "integrations", "torch", "bitsandbytes", "peft", "transformers"},
     "modules": {"formats", "functional", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
     "ops": {"adapters", "autograd", "backends", "dispatch", "formats", "torch"},

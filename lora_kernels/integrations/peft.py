@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 
 import peft
@@ -34,15 +35,15 @@ class NotFused(Exception):
     """Why a call runs PEFT's own forward."""
 
 
-class FusedLinear(Linear):
-    """PEFT's `lora.Linear`, of which it is one in all but its forward."""
+class Fused:
+    """The forward of a PEFT layer, before PEFT's own."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not (self._disable_adapters or self.merged_adapters):
             try:
                 return self._fused(x, *args, **kwargs)
             except NotFused as reason:
-                fall_back(f"lora.Linear: {reason.args[0]}")
+                fall_back(f"lora.{self._get_name()}: {reason.args[0]}")
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x, *args, adapter_names=None, alora_offsets=None, **kwargs):
@@ -56,7 +57,8 @@ class FusedLinear(Linear):
         weight, bias = self.weight_and_bias()
         lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
         _check_call(self, x, weight, lora_a)
-        return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+        return y if isinstance(weight, Tensor) else y.to(x.dtype)  # bitsandbytes returns that under autocast too
 
     def _mixed(self, x, names):
         """A batch in which sample i uses the adapter `names[i]`, or none (`"__base__"`): inference."""
@@ -85,10 +87,12 @@ class FusedLinear(Linear):
     def weight_and_bias(self):
         """The base layer's `weight [N,K]` and bias."""
         base = self._modules["base_layer"]
-        kind = type(base)
+        kind, quantised = type(base), _bitsandbytes()
+        if quantised is not None and kind in quantised.KINDS:
+            return quantised.weight_and_bias(base)
         if kind is not nn.Linear and kind is not Conv1D:
             raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
-        _check_hooks("the base layer", base)
+        check_hooks("the base layer", base)
         weight, bias = _parameter("the base layer", base, "weight"), _parameter("the base layer", base, "bias")
         return weight if kind is nn.Linear else weight.mT, bias
 
@@ -101,25 +105,44 @@ class FusedLinear(Linear):
             module = self._modules[part]._modules[name]
             if type(module) is not nn.Linear:
                 raise NotFused(f"{part} is a {type(module).__name__}")
-            _check_hooks(part, module)
+            check_hooks(part, module)
             if module._parameters.get("bias") is not None:
                 raise NotFused(f"{part} has a bias")
             weights.append(_parameter(part, module, "weight"))
         if weights[0].shape[0] > MAX_RANK:
             raise NotFused(f"the rank is {weights[0].shape[0]}, more than {MAX_RANK}")
         dropout, dropout_p = self._modules["lora_dropout"]._modules[name], 0.0
-        _check_hooks("lora_dropout", dropout)
+        check_hooks("lora_dropout", dropout)
         if type(dropout) is nn.Dropout and 0.0 <= dropout.p < 1.0:
             dropout_p = dropout.p if dropout.training else 0.0
         elif type(dropout) is not nn.Identity:
             raise NotFused(f"lora_dropout is {dropout}")
         return *weights, self.scaling[name], dropout_p
 
+    def extra_repr(self) -> str:
+        return "fused by lora_kernels"
+
+
+class FusedLinear(Fused, Linear):
+    """PEFT's `lora.Linear`, of which it is one in all but its forward."""
+
     def _get_name(self) -> str:
         return "Linear"  # PEFT reads the type of a layer off its repr
 
-    def extra_repr(self) -> str:
-        return "fused by lora_kernels"
+
+def _bitsandbytes():
+    """What runs bitsandbytes' layers, where that is imported: without it there are none."""
+    if sys.modules.get("bitsandbytes") is None:
+        return None
+    from lora_kernels.integrations import peft_bnb
+
+    return peft_bnb
+
+
+def _classes() -> dict[type, type]:
+    """PEFT's classes, and ours."""
+    quantised = _bitsandbytes()
+    return {Linear: FusedLinear} | ({} if quantised is None else {quantised.bnb.Linear4bit: quantised.FusedLinear4bit})
 
 
 def combined(adapters):
@@ -178,7 +201,7 @@ def _batch(names: tuple[str, ...], rows_each: int, device) -> tuple[dict[str, in
     return slots, BatchPlan(rows.to(device))
 
 
-def _check_hooks(what, module):
+def check_hooks(what, module):
     d = module.__dict__
     if (
         d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
@@ -204,6 +227,8 @@ def _check_call(layer, x, weight, lora_a):
     if weight.requires_grad and torch.is_grad_enabled():
         raise NotFused("the base weight trains")
     fits = lora_a.dtype is x.dtype or (lora_a.dtype is torch.float32 and layer.cast_input_dtype_enabled)
+    if not isinstance(weight, Tensor) and _autocasts(x) and torch.get_autocast_dtype(x.device.type) is not weight.dtype:
+        raise NotFused(f"bitsandbytes computes in {weight.dtype}, autocast in another dtype")
     if not (fits and weight.dtype is x.dtype) and not _autocasts(x):
         raise NotFused(f"x is {x.dtype}, the base weight {weight.dtype}, the adapter {lora_a.dtype}")
     if torch.compiler.is_compiling():
@@ -228,9 +253,9 @@ def _casts(x) -> bool:
 
 
 def fuse(model: nn.Module) -> Iterator[Layer]:
-    """Swap the class of every `lora.Linear` of `model`, adapters added later included; yields what became of each layer."""
+    """Swap the class of every linear layer of `model`, adapters added later included; yields what became of each layer."""
     _follow_injections()
-    _swap(model, Linear, FusedLinear)
+    _swap(model, _classes())
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             theirs = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("peft.tuners."))
@@ -239,21 +264,23 @@ def fuse(model: nn.Module) -> Iterator[Layer]:
 
 def unfuse(model: nn.Module) -> None:
     """Give every layer of `model` PEFT's own class back."""
-    _swap(model, FusedLinear, Linear)
+    _swap(model, {ours: theirs for theirs, ours in _classes().items()})
 
 
-def _swap(model, old, new):
+def _swap(model, classes):
     for module in model.modules():
-        if type(module) is old:
+        if new := classes.get(type(module)):
             module.__class__ = new
 
 
 def _reason(module) -> str | None:
     """Why `module` cannot run fused with its active adapters, or with all of them if none is."""
-    if type(module) is not FusedLinear:
-        return "no kernel for this class"
+    if not isinstance(module, Fused):
+        quantised = _bitsandbytes()
+        int8 = quantised is not None and isinstance(module, quantised.bnb.Linear8bitLt)
+        return quantised.QUANTISES_X if int8 else "no kernel for this class"
     own_forward = module.__dict__.get("_old_forward") or module.__dict__.get("forward")  # accelerate keeps the old one
-    if own_forward is not None and getattr(own_forward, "__func__", None) is not FusedLinear.forward:
+    if own_forward is not None and getattr(own_forward, "__func__", None) is not Fused.forward:
         return "it has a forward of its own"
     try:
         weight, _ = module.weight_and_bias()
@@ -270,10 +297,10 @@ _everywhere = False
 @functools.wraps(_inject_adapter)
 def _inject_and_fuse(self, model, *args, **kwargs):
     # The one way by which adapters get into a model: new ones, loaded ones, and those added to other layers later.
-    fused = _everywhere or any(type(module) is FusedLinear for module in model.modules())
+    fused = _everywhere or any(isinstance(module, Fused) for module in model.modules())
     _inject_adapter(self, model, *args, **kwargs)
     if fused:
-        _swap(model, Linear, FusedLinear)
+        _swap(model, _classes())
 
 
 def _follow_injections():
