@@ -11,16 +11,19 @@ struct Isa {
   void (*batched)(const LoraBatch&);
   bool (*forward)(const LoraLinear&);
   bool (*backward)(const LoraLinear&);
+  void (*dequantize)(const LoraDequantize&);  // null: that of the next
 };
 
 const Isa kIsas[] = {  // the best first
 #if defined(__x86_64__)
-    {"amx", amx::supported, amx::batched, amx::forward, amx::backward},
-    {"avx512_bf16", avx512_bf16::supported, avx512_bf16::batched, avx512_bf16::forward, avx512_bf16::backward},
-    {"avx512", avx512::supported, avx512::batched, avx512::forward, avx512::backward},
-    {"avx2", avx2::supported, avx2::batched, avx2::forward, avx2::backward},
+    {"amx", amx::supported, amx::batched, amx::forward, amx::backward, nullptr},
+    {"avx512_bf16", avx512_bf16::supported, avx512_bf16::batched, avx512_bf16::forward, avx512_bf16::backward,
+     nullptr},  // its rounding flushes subnormals
+    {"avx512", avx512::supported, avx512::batched, avx512::forward, avx512::backward, avx512::dequantize},
+    {"avx2", avx2::supported, avx2::batched, avx2::forward, avx2::backward, avx2::dequantize},
 #endif
-    {"generic", [] { return true; }, generic::batched, generic::forward, generic::backward},
+    {"generic", [] { return true; }, generic::batched, generic::forward, generic::backward,
+     generic::dequantize},
 };
 constexpr int kCount = sizeof kIsas / sizeof *kIsas;
 
@@ -53,5 +56,11 @@ EXPORT int32_t lora_batched(const LoraBatch* call, const void* x, int64_t stride
 EXPORT int32_t lora_forward(const LoraLinear* linear, int32_t isa) { return kIsas[isa].forward(*linear); }
 
 EXPORT int32_t lora_backward(const LoraLinear* linear, int32_t isa) { return kIsas[isa].backward(*linear); }
+
+// The dense values of `weight`.
+EXPORT void lora_dequantize(const LoraDequantize* weight, int32_t isa) {
+  while (!kIsas[isa].dequantize) ++isa;
+  kIsas[isa].dequantize(*weight);
+}
 
 }

@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_kernels.formats.scratch import dense
+from lora_kernels.backends.dequantized import dense
 
 _any_autocast = torch._C._is_any_autocast_enabled
 

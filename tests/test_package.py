@@ -19,13 +19,13 @@ TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 # What each part may import: of the package, and of what is installed.
 ALLOWED = {
     "__init__": {"adapters", "blocks", "dispatch", "functional", "integrations", "modules"},
-    "adapters": {"adapters", "functional", "modules", "torch", "safetensors"},
-    "integrations": {"__init__", "integrations", "torch", "peft", "transformers"},
+    "adapters": {"adapters", "formats", "functional", "modules", "torch", "safetensors"},
+    "integrations": {"__init__", "formats", "integrations", "torch", "bitsandbytes", "peft", "transformers"},
     "blocks": {"autograd", "backends", "blocks", "dispatch", "formats", "functional", "modules", "ops", "torch"},
     "modules": {"formats", "functional", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
-    "ops": {"adapters", "autograd", "dispatch", "torch"},
-    "autograd": {"dispatch", "formats", "torch"},
+    "ops": {"adapters", "autograd", "backends", "dispatch", "formats", "torch"},
+    "autograd": {"backends", "dispatch", "torch"},
     "dispatch": {"backends", "configs", "formats", "roofline", "torch"},
     "roofline": set(),
     "backends": {"backends", "kernels", "configs", "formats", "reference", "torch", "triton"},

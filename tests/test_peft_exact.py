@@ -7,7 +7,6 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from conftest import DEVICE
 from features import EXACT, feature
 from peft_judge.cases import BITWISE, K, N, Net, assert_same, config, peft_model, step
 from peft_judge.judge import FAULTS, planted
@@ -121,21 +120,6 @@ def test_other_base_layers(x, kind):
     with pytest.warns(UserWarning, match="not fused"):
         lora_kernels.apply_lora_kernels_to_model(model)
     assert_same(model, x, BITWISE)
-
-
-@pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
-@feature("bitsandbytes' quantised layers", f"{EXACT}; the model's rest fused")
-def test_bitsandbytes():
-    bnb = pytest.importorskip("bitsandbytes")
-    base = Net()
-    base.up = bnb.nn.Linear4bit(64, N, compute_dtype=torch.float32).to(DEVICE)
-    model = peft_model(config(["up", "head"]), base)
-    x = torch.randn(3, 64)
-    expected = model(x)
-    with pytest.warns(UserWarning, match="the base layer is a bitsandbytes"):
-        report = lora_kernels.apply_lora_kernels_to_model(model)
-    assert report.fused == ["base_model.model.head"]
-    torch.testing.assert_close(model(x), expected)
 
 
 @feature("embedding and convolution layers", f"{EXACT}; the model's rest fused")

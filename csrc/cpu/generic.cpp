@@ -20,6 +20,10 @@ inline Wide odds(Wide a, Wide b) { return Wide{a[1], b[1]}; }
 
 template <class T>
 inline Vec load(const T* from) { return Vec{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])}; }
+inline Vec load(const int8_t* from) { return Vec{float(from[0]), float(from[1]), float(from[2]), float(from[3])}; }
+inline Vec lookup(const uint8_t* from, const float* table) {
+  return Vec{table[from[0] >> 4], table[from[0] & 15], table[from[1] >> 4], table[from[1] & 15]};
+}
 template <class T>
 inline void store(T* to, Vec v) {
   for (int i = 0; i < kLanes; ++i) narrow(v[i], to[i]);
@@ -31,3 +35,4 @@ inline void store(T* to, Vec v) {
 #include "dot.h"
 #include "batched.h"
 #include "linear.h"
+#include "dequantize.h"

@@ -11,6 +11,7 @@ namespace generic {
 void batched(const LoraBatch&);
 bool forward(const LoraLinear&);
 bool backward(const LoraLinear&);
+void dequantize(const LoraDequantize&);
 }
 #if defined(__x86_64__)
 namespace avx2 {
@@ -20,6 +21,7 @@ inline bool supported() {
 void batched(const LoraBatch&);
 bool forward(const LoraLinear&);
 bool backward(const LoraLinear&);
+void dequantize(const LoraDequantize&);
 }  // namespace avx2
 namespace avx512 {
 inline bool supported() {
@@ -29,6 +31,7 @@ inline bool supported() {
 void batched(const LoraBatch&);
 bool forward(const LoraLinear&);
 bool backward(const LoraLinear&);
+void dequantize(const LoraDequantize&);
 }  // namespace avx512
 namespace avx512_bf16 {
 inline bool supported() { return avx512::supported() && __builtin_cpu_supports("avx512bf16"); }

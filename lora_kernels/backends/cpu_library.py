@@ -42,6 +42,17 @@ class Linear(ctypes.Structure):
     ]
 
 
+class Dequantize(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("codes", "scale", "zero", "absmax", "nested_code", "nested_offset", "out")),
+        *(
+            (name, c_int64)
+            for name in ("elements", "columns", "block_rows", "block_columns", "stride_row", "stride_word")
+        ),
+        *((name, c_int32) for name in ("format", "dtype", "threads")),
+    ]
+
+
 def reasons_unsupported(problem) -> list[str]:
     """Why the compiled kernels cannot run `problem`; empty if they can. ValueError where LORA_KERNELS_CPU_ISA cannot be."""
     if problem.device != "cpu":
@@ -72,6 +83,7 @@ def library() -> ctypes.CDLL | str:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
         )
+    found.lora_dequantize.argtypes, found.lora_dequantize.restype = (ctypes.POINTER(Dequantize), c_int32), None
     for kernel in (found.lora_forward, found.lora_backward):
         kernel.argtypes = (ctypes.POINTER(Linear), c_int32)
     return found
@@ -107,6 +119,12 @@ def batched():
 def linear():
     """`forward(linear, index)`, `backward(linear, index)`: the kernels of one adapter, and that index."""
     return library().lora_forward, library().lora_backward, _index()
+
+
+@functools.cache
+def dequantize():
+    """`run(weight, index)`: a quantised weight's dense values, and that index."""
+    return library().lora_dequantize, _index()
 
 
 def _index():

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_kernels.backends import eager, triton, triton_shared
+from lora_kernels.backends.dequantized import dense
 from lora_kernels.backends.operands import with_clean_rows
 from lora_kernels.formats import QuantizedWeight
-from lora_kernels.formats.scratch import dense
 
 MAX_RANK = 512  # of all shared adapters together
 PRODUCTS = {triton: triton_shared, eager: eager}  # the backends whose products can be had one by one

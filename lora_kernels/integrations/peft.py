@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 
 import peft
@@ -34,8 +35,8 @@ class NotFused(Exception):
     """Why a call runs PEFT's own forward."""
 
 
-class FusedLinear(Linear):
-    """PEFT's `lora.Linear`, of which it is one in all but its forward."""
+class Fused:
+    """The forward of a PEFT layer, before PEFT's own."""
 
     together = None  # the layers that read the same x and run as one: a Together of integrations/transformers.py
 
@@ -45,7 +46,7 @@ class FusedLinear(Linear):
                 y = None if self.together is None or args or kwargs else self.together.result(self, x)
                 return self._fused(x, *args, **kwargs) if y is None else y
             except NotFused as reason:
-                fall_back(f"lora.Linear: {reason.args[0]}")
+                fall_back(f"lora.{self._get_name()}: {reason.args[0]}")
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x, *args, adapter_names=None, alora_offsets=None, **kwargs):
@@ -56,7 +57,8 @@ class FusedLinear(Linear):
         if not self.active_names():
             return self._modules["base_layer"](x)
         weight, lora_a, lora_b, scaling, bias, dropout_p = self.operands(x)
-        return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+        return y if isinstance(weight, Tensor) else y.to(x.dtype)  # bitsandbytes returns that under autocast too
 
     def operands(self, x):
         """`(weight [N,K], lora_a [R,K], lora_b [N,R], scaling, bias, dropout_p)` of the active adapters, for x."""
@@ -92,7 +94,9 @@ class FusedLinear(Linear):
     def weight_and_bias(self):
         """The base layer's `weight [N,K]` and bias."""
         base = self._modules["base_layer"]
-        kind = type(base)
+        kind, quantised = type(base), _bitsandbytes()
+        if quantised is not None and kind in quantised.KINDS:
+            return quantised.weight_and_bias(base)
         if kind is not nn.Linear and kind is not Conv1D:
             raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
         check_hooks("the base layer", base)
@@ -122,11 +126,30 @@ class FusedLinear(Linear):
             raise NotFused(f"lora_dropout is {dropout}")
         return *weights, self.scaling[name], dropout_p
 
+    def extra_repr(self) -> str:
+        return "fused by lora_kernels"
+
+
+class FusedLinear(Fused, Linear):
+    """PEFT's `lora.Linear`, of which it is one in all but its forward."""
+
     def _get_name(self) -> str:
         return "Linear"  # PEFT reads the type of a layer off its repr
 
-    def extra_repr(self) -> str:
-        return "fused by lora_kernels"
+
+def _bitsandbytes():
+    """What runs bitsandbytes' layers, where that is imported: without it there are none."""
+    if sys.modules.get("bitsandbytes") is None:
+        return None
+    from lora_kernels.integrations import peft_bnb
+
+    return peft_bnb
+
+
+def _classes() -> dict[type, type]:
+    """PEFT's classes, and ours."""
+    quantised = _bitsandbytes()
+    return {Linear: FusedLinear} | ({} if quantised is None else {quantised.bnb.Linear4bit: quantised.FusedLinear4bit})
 
 
 def combined(adapters):
@@ -211,6 +234,8 @@ def check_call(layer, x, weight, lora_a):
     if weight.requires_grad and torch.is_grad_enabled():
         raise NotFused("the base weight trains")
     fits = lora_a.dtype is x.dtype or (lora_a.dtype is torch.float32 and layer.cast_input_dtype_enabled)
+    if not isinstance(weight, Tensor) and _autocasts(x) and torch.get_autocast_dtype(x.device.type) is not weight.dtype:
+        raise NotFused(f"bitsandbytes computes in {weight.dtype}, autocast in another dtype")
     if not (fits and weight.dtype is x.dtype) and not _autocasts(x):
         raise NotFused(f"x is {x.dtype}, the base weight {weight.dtype}, the adapter {lora_a.dtype}")
     if torch.compiler.is_compiling():
@@ -235,9 +260,9 @@ def _casts(x) -> bool:
 
 
 def fuse(model: nn.Module) -> Iterator[Layer]:
-    """Swap the class of every `lora.Linear` of `model`, adapters added later included; yields what became of each layer."""
+    """Swap the class of every linear layer of `model`, adapters added later included; yields what became of each layer."""
     _follow_injections()
-    _swap(model, Linear, FusedLinear)
+    _swap(model, _classes())
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             theirs = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("peft.tuners."))
@@ -246,21 +271,23 @@ def fuse(model: nn.Module) -> Iterator[Layer]:
 
 def unfuse(model: nn.Module) -> None:
     """Give every layer of `model` PEFT's own class back."""
-    _swap(model, FusedLinear, Linear)
+    _swap(model, {ours: theirs for theirs, ours in _classes().items()})
 
 
-def _swap(model, old, new):
+def _swap(model, classes):
     for module in model.modules():
-        if type(module) is old:
+        if new := classes.get(type(module)):
             module.__class__ = new
 
 
 def reason_not_fused(module) -> str | None:
     """Why `module` cannot run fused with its active adapters, or with all of them if none is."""
-    if type(module) is not FusedLinear:
-        return "no kernel for this class"
+    if not isinstance(module, Fused):
+        quantised = _bitsandbytes()
+        int8 = quantised is not None and isinstance(module, quantised.bnb.Linear8bitLt)
+        return quantised.QUANTISES_X if int8 else "no kernel for this class"
     own_forward = module.__dict__.get("_old_forward") or module.__dict__.get("forward")  # accelerate keeps the old one
-    if own_forward is not None and getattr(own_forward, "__func__", None) is not FusedLinear.forward:
+    if own_forward is not None and getattr(own_forward, "__func__", None) is not Fused.forward:
         return "it has a forward of its own"
     try:
         weight, _ = module.weight_and_bias()
@@ -277,10 +304,10 @@ _everywhere = False
 @functools.wraps(_inject_adapter)
 def _inject_and_fuse(self, model, *args, **kwargs):
     # The one way by which adapters get into a model: new ones, loaded ones, and those added to other layers later.
-    fused = _everywhere or any(type(module) is FusedLinear for module in model.modules())
+    fused = _everywhere or any(isinstance(module, Fused) for module in model.modules())
     _inject_adapter(self, model, *args, **kwargs)
     if fused:
-        _swap(model, Linear, FusedLinear)
+        _swap(model, _classes())
 
 
 def _follow_injections():
