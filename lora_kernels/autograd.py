@@ -5,6 +5,7 @@ import torch
 from lora_kernels.backends.dequantized import dense
 
 _any_autocast = torch._C._is_any_autocast_enabled
+_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan):
@@ -12,7 +13,8 @@ def lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan)
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan)
+        apply = LoRALinearFunction.apply if _functorch_is_active() else _apply
+        return apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan)
     return plan.forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
 
 
@@ -42,6 +44,10 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             dx, dbias, da, db = OnceDifferentiable.apply(4, dx, dbias, da, db, dy, x, lora_a, lora_b)
         return dx, None, dbias, da, db, None, None, None, None
+
+
+# Function.apply without its search for functorch's wrappers, which takes as long as autograd's part of the call.
+_apply = super(torch.autograd.Function, LoRALinearFunction).apply
 
 
 class QuantizedLinearFunction(torch.autograd.Function):

@@ -100,9 +100,9 @@ def _dequantizing(plan: Plan, kind: type[QuantizedWeight], device) -> Plan:
 _environment, _BACKEND = os.environ._data, os.environ.encodekey("LORA_KERNELS_BACKEND")
 
 
-def settings(dtype) -> tuple:
-    """What a choice for tensors of `dtype` depends on beside the call: the backend asked for, and tf32."""
-    return _environment.get(_BACKEND), dtype is torch.float32 and triton.tf32_allowed()
+def settings(x) -> tuple:
+    """What a choice for `x` depends on beside the call: the backend asked for, and tf32."""
+    return _environment.get(_BACKEND), x.dtype is torch.float32 and not x.is_cpu and triton.tf32_allowed()
 
 
 def uses_tf32(dtype) -> bool:

@@ -57,7 +57,7 @@ def lora_linear(
     call = chosen = None
     if not (traced or autocasts or backend or strategy):
         tensors = (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
-        call = (*map(_signature, tensors), bool(dropout_p), dispatch.settings(x.dtype))
+        call = (*map(_signature, tensors), bool(dropout_p), dispatch.settings(x))
         chosen = _known.get(call)
     if chosen is None:
         _check(x, weight, lora_a, lora_b, bias, backend, strategy)
@@ -159,7 +159,7 @@ def _checked_plan(x, weight, adapters, plan, bias, backend, strategy):
     memory = adapters[0].memory if adapters and type(adapters[0]) is LayerAdapters else {}
     call = (
         _signature(x), _signature(weight), None if bias is None else _signature(bias), adapters,
-        plan.signature if type(plan) is BatchPlan else None, backend, strategy, dispatch.settings(x.dtype),
+        plan.signature if type(plan) is BatchPlan else None, backend, strategy, dispatch.settings(x),
     )  # fmt: skip
     known, chosen = memory.get("call", (None, None))
     if call != known:

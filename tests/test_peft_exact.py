@@ -71,8 +71,8 @@ def test_hooks_on_its_parts(x, part, kind):
 
 @feature("`torch.compile(fullgraph=True)` of what is not fused", EXACT)
 def test_compile_of_what_is_not_fused(x, judge):
-    model = peft_model(config(lora_bias=True))  # DoRA itself does not compile (PEFT 0.21)
-    with pytest.warns(UserWarning, match="lora_B has a bias"):
+    model = peft_model(config(r=600))  # DoRA itself does not compile (PEFT 0.21)
+    with pytest.warns(UserWarning, match="the rank is 600"):
         lora_kernels.apply_lora_kernels_to_model(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
@@ -80,12 +80,11 @@ def test_compile_of_what_is_not_fused(x, judge):
 
 NOT_FUSED = {
     "DoRA": ({"use_dora": True}, "DoraLinearVariant has no kernel"),
-    "lora_bias": ({"lora_bias": True}, "lora_B has a bias"),
     "rank": ({"r": 600}, "the rank is 600"),
 }
 
 
-@feature("DoRA, `lora_bias`, ranks over 512", EXACT)
+@feature("DoRA, ranks over 512", EXACT)
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_variants(x, name):
     settings, reason = NOT_FUSED[name]

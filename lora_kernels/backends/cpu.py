@@ -7,7 +7,7 @@ import torch
 
 from lora_kernels.backends import cpu_library
 from lora_kernels.backends.cpu_library import DTYPES, Linear, linear
-from lora_kernels.backends.operands import row_major, with_clean_rows
+from lora_kernels.backends.operands import cast, row_major, with_clean_rows
 from lora_kernels.reference import keep_threshold
 
 STRATEGIES = ("chained",)
@@ -49,7 +49,7 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
 
 
 def _operand(adapter, x):
-    return row_major(adapter if adapter.dtype is x.dtype else adapter.to(x.dtype))
+    return row_major(cast(adapter, x))
 
 
 def _pointer(tensor):

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import gelu, linear, silu
 
 from lora_kernels import reference
-from lora_kernels.backends.operands import with_clean_rows
+from lora_kernels.backends.operands import cast, with_clean_rows
 
 STRATEGIES = ("chained",)
 
@@ -35,9 +35,9 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
     dx = da = db = None
     dy = with_clean_rows(dy)
     if needs_x or needs_a:
-        g = dy.mm(lora_b.to(dy.dtype)).mul_(scaling)
+        g = dy.mm(cast(lora_b, dy)).mul_(scaling)
     if needs_x:
-        dx = _drop(with_clean_rows(g).mm(lora_a.to(dy.dtype)), dropout_p, seed).addmm_(dy, weight)
+        dx = _drop(with_clean_rows(g).mm(cast(lora_a, dy)), dropout_p, seed).addmm_(dy, weight)
     if needs_a:
         da = g.mT.mm(_drop(x, dropout_p, seed)).to(lora_a.dtype)
     if needs_b:
@@ -47,17 +47,17 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
 
 def shrink(x, lora_a, scaling):
     """`h [M,R] = scaling x Aᵀ`."""
-    return linear(with_clean_rows(x), lora_a.to(x.dtype)).mul_(scaling)
+    return linear(with_clean_rows(x), cast(lora_a, x)).mul_(scaling)
 
 
 def expand(x, weight, h, lora_b, bias, strategy):
     """`y [M,N] = x Wᵀ + bias + h Bᵀ`."""
-    return linear(with_clean_rows(h), lora_b.to(x.dtype), bias).addmm_(with_clean_rows(x), weight.mT)
+    return linear(with_clean_rows(h), cast(lora_b, x), bias).addmm_(with_clean_rows(x), weight.mT)
 
 
 def dy_products(dy, h, lora_b, scaling, needs_g, needs_b):
     """`g [M,R] = scaling dy B` and `db [N,R] = dyᵀ h`, None where not needed."""
-    g = with_clean_rows(dy).mm(lora_b.to(dy.dtype)).mul_(scaling) if needs_g else None
+    g = with_clean_rows(dy).mm(cast(lora_b, dy)).mul_(scaling) if needs_g else None
     return g, dy.mT.mm(h).to(lora_b.dtype) if needs_b else None
 
 

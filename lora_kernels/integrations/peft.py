@@ -63,8 +63,14 @@ class Fused:
     def operands(self, x):
         """`(weight [N,K], lora_a [R,K], lora_b [N,R], scaling, bias, dropout_p)` of the active adapters, for x."""
         weight, bias = self.weight_and_bias()
-        lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in self.active_names()])
+        names = self.active_names()
+        lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
         check_call(self, x, weight, lora_a)
+        for name in names:
+            lora_bias = self.lora_bias(name)
+            if lora_bias is not None:
+                term = (lora_bias * self.scaling[name]).to(weight.dtype)
+                bias = term if bias is None else bias + term
         return weight, lora_a, lora_b, scaling, bias, dropout_p
 
     def _mixed(self, x, names):
@@ -76,10 +82,10 @@ class Fused:
         adapters = {name: self.adapter(name) for name in slots if name in present}
         if not adapters:
             return self._modules["base_layer"](x)
-        for lora_a, lora_b, _, dropout_p in adapters.values():
+        for name, (lora_a, lora_b, _, dropout_p) in adapters.items():
             check_call(self, x, weight, lora_a)
-            if dropout_p > 0.0:
-                raise NotFused("a mixed batch with dropout")
+            if dropout_p > 0.0 or self.lora_bias(name) is not None:
+                raise NotFused("a mixed batch with dropout or lora_bias")
             if torch.is_grad_enabled() and (x.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
                 raise NotFused("a mixed batch with gradients; call it under torch.inference_mode()")
         if torch.compiler.is_compiling() or weight.dtype != x.dtype or _casts(x):
@@ -113,8 +119,6 @@ class Fused:
             if type(module) is not nn.Linear:
                 raise NotFused(f"{part} is a {type(module).__name__}")
             check_hooks(part, module)
-            if module._parameters.get("bias") is not None:
-                raise NotFused(f"{part} has a bias")
             weights.append(_parameter(part, module, "weight"))
         if weights[0].shape[0] > MAX_RANK:
             raise NotFused(f"the rank is {weights[0].shape[0]}, more than {MAX_RANK}")
@@ -125,6 +129,10 @@ class Fused:
         elif type(dropout) is not nn.Identity:
             raise NotFused(f"lora_dropout is {dropout}")
         return *weights, self.scaling[name], dropout_p
+
+    def lora_bias(self, name):
+        """The bias of an adapter's B; its A has none."""
+        return _parameter("lora_B", self._modules["lora_B"]._modules[name], "bias")
 
     def extra_repr(self) -> str:
         return "fused by lora_kernels"
