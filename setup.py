@@ -21,7 +21,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 SOURCES = {"csrc/binding.cpp": [], "csrc/cpu/generic.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {"csrc/cpu/avx2.cpp": AVX2, "csrc/cpu/avx512.cpp": AVX512}
-    SOURCES |= dict.fromkeys(("csrc/cpu/avx512_bf16.cpp", "csrc/cpu/amx.cpp"), [*AVX512, "-mavx512bf16"])
+    SOURCES |= {f"csrc/cpu/{name}.cpp": [*AVX512, "-mavx512bf16"] for name in ("avx512_bf16", "amx")}
 CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cuda/nf4.cu"]
 ARCHITECTURES = {"80": "[sm_80,compute_80]", "90a": "sm_90a", "100": "sm_100"}  # others compile what is for 80
 NVCC_FLAGS = shlex.split("-std=c++17 -O3 -shared -cudart=static -cudadevrt=none -Xcompiler=-fPIC,-fvisibility=hidden")

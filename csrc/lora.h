@@ -28,7 +28,7 @@ struct LoraBatch {
   const int32_t* order;  // the entries by ascending slot
   const float* weights;  // as slots, or null
   const LoraSlice* slices;
-  float* h;  // [sum of max_rank, rows adapters_per_row], scratch; as x, y, stride_x and threads it is lora_batched that sets it
+  float* h;  // [sum of max_rank, rows adapters_per_row]: scratch, which lora_batched sets, as x, stride_x, y and threads
   int64_t rows, k, stride_x, stride_y, adapters_per_row, num_slots, num_slices;
   int32_t dtype, threads;
 };

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels import configs, roofline
-from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, ON_REQUEST, triton, triton_batched
+from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, ON_REQUEST, cpu, triton, triton_batched
 from lora_kernels.backends.dequantized import Dequantized
 from lora_kernels.configs import tuned
 from lora_kernels.formats import QuantizedWeight, named
@@ -134,6 +134,8 @@ def choose(problem: Problem, backend: str | None = None, strategy: str | None = 
     against = []
     for name in (backend,) if backend else (name for name in backends if name not in ON_REQUEST):
         reasons = _reasons(backends[name], strategy, problem)
+        if not (reasons or backend) and backends[name] is cpu:
+            reasons = cpu.reasons_slower(problem)
         if not reasons:
             chosen, why = (strategy, "asked for") if strategy else _best_strategy(backends[name], problem)
             for reason in against:

@@ -49,7 +49,9 @@ inline void store_tile(float* to, int64_t stride) {
 template <int TILE>
 inline void zero_tile() { asm volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
 template <int SUM, int LEFT, int RIGHT>
-inline void multiply_tiles() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(LEFT), "i"(RIGHT)); }
+inline void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(LEFT), "i"(RIGHT));
+}
 
 // Shows the address sanitizer the ends of a tile's rows, which it does not see read.
 inline void show(const float* from, int64_t stride, int64_t rows, int64_t units) {
@@ -58,8 +60,10 @@ inline void show(const float* from, int64_t stride, int64_t rows, int64_t units)
 #endif
 }
 
-// Calls visit(std::integral_constant) for 0 .. COUNT - 1, without the standard library.
-template <int AT> struct Index { static constexpr int value = AT; };
+template <int AT>
+struct Index { static constexpr int value = AT; };
+
+// Calls visit(Index) of 0 .. COUNT - 1.
 template <int COUNT, class Visit>
 inline void each(Visit visit) {
   if constexpr (COUNT > 0) {
@@ -102,7 +106,8 @@ inline void tiles(const float* left, int64_t left_stride, const float* right, in
   each_sum([&](auto sum, float* at) { store_tile<sum.value>(at, out_stride); });
 }
 
-// A sum begins anew every 16 units of a part of the depth, and all parts but the last are of whole tiles.
+// Every 16 units are summed by themselves, in ascending order, and added to those before: all parts of a depth but the last
+// are of whole tiles, so its cuts change no bit.
 template <>
 inline void product<bf16>(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t columns,
                           int64_t units, bool first, float* out, int64_t out_stride) {
@@ -111,12 +116,10 @@ inline void product<bf16>(const float* left, int64_t left_stride, int64_t rows, 
   for (int64_t at = 0; at < columns; at += kPanel, right += units * kPanel, out += kPanel) {
     const int64_t vectors = ceiling(smaller(kPanel, columns - at), kLanes);
     for (int64_t m = 0; m < rows;) {
-      const auto run = [&](auto shape) { shape(left + m * left_stride, left_stride, right, units, first, out + m * out_stride, out_stride); };
-      if (vectors == 1 && rows - m > kSide) {
-        run(tiles<2, 1>), m += 2 * kSide;
-      } else {
-        run(vectors == 1 ? tiles<1, 1> : vectors == 2 ? tiles<1, 2> : tiles<1, 3>), m += kSide;
-      }
+      const bool two = vectors == 1 && rows - m > kSide;  // a lone sum waits for itself
+      const auto run = two ? tiles<2, 1> : vectors == 1 ? tiles<1, 1> : vectors == 2 ? tiles<1, 2> : tiles<1, 3>;
+      run(left + m * left_stride, left_stride, right, units, first, out + m * out_stride, out_stride);
+      m += two ? 2 * kSide : kSide;
     }
   }
 }

@@ -16,7 +16,8 @@ constexpr int64_t kStagger = 16;           // floats: rows a power of two apart 
 template <class T>
 constexpr int64_t kElements = kDepth * kPerUnit<T>;
 
-static_assert(kPanel % 8 == 0 && kSweep % (8 * kCounters) == 0 && kDepth % (8 * kCounters) == 0, "the mask is drawn in whole vectors");
+static_assert(kDepth % (8 * kCounters) == 0 && kSweep % (8 * kCounters) == 0 && kPanel % 8 == 0,
+              "the mask is drawn in whole vectors, from any panel");
 
 struct Share { int64_t begin, end; };
 

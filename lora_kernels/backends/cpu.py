@@ -8,11 +8,23 @@ import torch
 from lora_kernels.backends import cpu_library
 from lora_kernels.backends.cpu_library import DTYPES, Linear, linear
 from lora_kernels.backends.operands import cast, row_major, with_clean_rows
+from lora_kernels.configs import cpu as measured
 from lora_kernels.reference import keep_threshold
 
 STRATEGIES = ("chained",)
 reasons_unsupported = cpu_library.reasons_unsupported
 strategy_reasons_unsupported = cpu_library.strategy_reasons_unsupported
+
+
+def reasons_slower(problem) -> list[str]:
+    """Why `problem` is better left to PyTorch, where that was measured; empty where it was not."""
+    isa = cpu_library.instruction_set()
+    rank = measured.EAGER_FROM_RANK.get(isa, problem.r + 1)
+    if problem.dropout or problem.r < rank or problem.m < measured.ROWS:
+        return []
+    if not problem.dtype == problem.lora_dtype == torch.bfloat16:
+        return []
+    return [f"with {isa} and without dropout PyTorch was faster from rank {rank} on"]
 
 
 def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
