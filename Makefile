@@ -56,7 +56,7 @@ fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 peft-judge: $(VENV)/judge  ## PEFT's own LoRA tests with and without us, every fused call and gradient compared
 	PYTHONPATH=. $(BIN)/python tests/peft_judge $(VENV)/peft-*.tar.gz --work out/peft-judge
 
-integrations: $(VENV)/integrations  ## the stacks that make test goes without: trainers, engines, sharding, other LoRA layers
+integrations: $(VENV)/integrations $(VENV)/demo  ## the stacks that make test goes without: trainers, engines, sharding, other LoRA layers
 	$(BIN)/python -m pytest -m integration
 
 bench: $(VENV)/dev  ## every suite against every rival that is installed; writes benchmarks/results/, plots to out/bench/

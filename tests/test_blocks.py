@@ -62,7 +62,7 @@ CASES = {
 
 INTERPRETED = {  # what differs between strategies; the interpreter is slow
     "extended": ("qkv-bf16", "qkv-k-without-adapter", "qkv-dropout-on-one", "qkv-frozen-a", "qkv-no-rows", "mlp-bf16"),
-    "chained": ("qkv-scalings", "mlp-biases-and-dropout"),
+    "chained": ("qkv-scalings", "mlp-biases-and-dropout", "mlp-gelu-fp16"),
     "single_pass": ("qkv-bf16",),
     "one_launch": ("qkv-aligned",),
 }
@@ -362,5 +362,7 @@ def test_bad_mlps_are_named():
     ):
         with pytest.raises(ValueError, match=words):
             lora_mlp(x, *args)
+    with pytest.raises(ValueError, match=r"projections\[0\]: x: got a 0-d tensor"):
+        lora_projections(torch.tensor(1.0), [wide])
     with pytest.raises(TypeError, match="up_proj: got ReLU, expected a LoRALinear"):
         LoRAMLP(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 8))

@@ -92,7 +92,7 @@ def assert_same(model, theirs, run=None):
     plain, truth = step(theirs), step(copy.deepcopy(theirs).double())
     ours = step(model, run)
     assert ours.keys() == plain.keys()
-    for name, grad in ours.items():
+    for name in ours:
         zero = torch.zeros_like(truth[name])
         error, yardstick = (testing.errors(t[name], truth[name], zero)["rms"][0] for t in (ours, plain))
         assert error <= testing.Budget(yardstick, 2.0, 2e-6).limit, f"{name}: {error:.2g}, PEFT's {yardstick:.2g}"
@@ -245,7 +245,7 @@ def test_a_hook_set_later_is_noticed(calls, said):
 @feature("`gradient_checkpointing_enable`, re-entrant or not", FUSED)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant, calls):
-    model, theirs, _ = fused(lora_dropout=0.2)
+    model, *_ = fused(lora_dropout=0.2)
     results = []
     for checkpointed in (False, True):
         if checkpointed:

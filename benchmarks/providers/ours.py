@@ -6,7 +6,17 @@ import torch
 from torch import nn
 
 from benchmarks.providers import OURS, Provider
-from lora_kernels import BatchPlan, LayerAdapters, LoRALinear, lora_linear, lora_linear_batched, ops
+from lora_kernels import (
+    BatchPlan,
+    LayerAdapters,
+    LoRALinear,
+    Projection,
+    lora_linear,
+    lora_linear_batched,
+    lora_mlp,
+    lora_projections,
+    ops,
+)
 from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, triton
 from lora_kernels.dispatch import Problem
 
@@ -91,4 +101,18 @@ def _merge(problem, tensors):
     return step
 
 
+def _block(problems, tensors):
+    q, k, v, o, gate, up, down = (
+        Projection(t.weight, t.lora_a, t.lora_b, problem.scaling) for problem, t in zip(problems, tensors, strict=True)
+    )
+    parameters = [p for t in tensors for p in (t.lora_a, t.lora_b)]
+    return (
+        lambda x: lora_projections(x, (q, k, v)),
+        lambda x: lora_linear(x, *o[:4]),
+        partial(lora_mlp, gate=gate, up=up, down=down),
+        parameters,
+    )
+
+
+BLOCKS = Provider(f"{OURS}: blocks", partial(linear, backend=None, strategy=None), block=_block)
 OPERATOR = Provider(f"{OURS}: registered operator", _operator)  # what torch.compile calls

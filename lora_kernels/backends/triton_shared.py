@@ -1,10 +1,14 @@
 """The Triton backend's products one by one, for layers that share them (backends/shared.py). Operands as PyTorch has them."""
 
+import functools
+
 import torch
 
 from lora_kernels.backends import triton as backend
-from lora_kernels.backends.eager import glu, glu_backward  # noqa: F401  PyTorch's own: no kernel of ours is in use yet
-from lora_kernels.backends.operands import row_major
+from lora_kernels.backends.operands import cdiv, row_major
+from lora_kernels.configs import Config
+
+BLOCK = 1024  # elements
 
 
 def shrink(x, lora_a, scaling):
@@ -43,3 +47,33 @@ def wgrad(x, g, dtype):
     with backend.device_guard(x.device):
         backend._wgrad(row_major(x), g, da.mT)
     return da
+
+
+def glu(z, u, activation):
+    """`f(z) ∘ u`, both `[M,N]`."""
+    p = torch.empty_like(z)
+    _glu(_kernels().glu_kernel, (z, u, p), activation)
+    return p
+
+
+def glu_backward(dp, z, u, activation):
+    """`(dz, du)` of `glu`; `dp` is overwritten."""
+    dz = torch.empty_like(z)
+    _glu(_kernels().glu_backward_kernel, (dp, z, u, dz), activation)
+    return dz, dp
+
+
+def _glu(kernel, tensors, activation):
+    first, *_ = tensors
+    if first.numel():
+        constants = dict(BLOCK=BLOCK, GELU=activation == "gelu_tanh", ACC=backend.arithmetic(first)["ACC"])
+        grid = (cdiv(first.numel(), BLOCK), 1, 1)
+        with backend.device_guard(first.device):
+            backend.launch(kernel, grid, (*tensors, first.numel()), constants, Config(block_m=BLOCK))
+
+
+@functools.cache
+def _kernels():
+    from lora_kernels.kernels import glu
+
+    return glu

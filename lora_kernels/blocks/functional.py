@@ -51,16 +51,9 @@ def lora_projections(
         raise ValueError("projections: got none, expected at least one Projection")
     if ops.must_trace(x):
         return tuple(_traced(x, projection, backend, strategy) for projection in projections)
-    names = [f"projections[{i}]" for i in range(len(projections))]
-    x, projections = _cast(x, projections)
-    call = _call(x, projections, backend, strategy)
-    plans = call and functional._known.get(call)
-    rows = _rows(x, projections, names, backend, strategy, plans is None)
-    if plans is None:
-        plans = [_plan(rows, projection, backend, strategy) for projection in projections]
-        _remember(call, plans)
-    ys = block_autograd.lora_projections(rows, _layers(x, projections, plans))
-    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+    named = {f"projections[{i}]": projection for i, projection in enumerate(projections)}
+    rows, layers = _layers(x, named, backend, strategy)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in block_autograd.lora_projections(rows, layers))
 
 
 def lora_mlp(
@@ -91,28 +84,12 @@ def lora_mlp(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    projections = (gate, up, down)
     if ops.must_trace(x):
         z, u = (_traced(x, projection, backend, strategy) for projection in (gate, up))
         f = silu(z) if activation == "silu" else gelu(z, approximate="tanh")
         return _traced(f * u, down, backend, strategy)
-    x, projections = _cast(x, projections)
-    call = _call(x, projections, backend, strategy)
-    plans = call and functional._known.get(call)
-    rows = _rows(x, projections[:2], ("gate", "up"), backend, strategy, plans is None)
-    product = None
-    if plans is None:
-        widths = [projection.weight.shape[0] for projection in projections[:2]]
-        if widths[0] != widths[1]:
-            raise ValueError(f"up: got a weight of {widths[1]} rows, expected {widths[0]}, as gate")
-        product = rows.new_empty(len(rows), widths[0])  # stands for the product, which there is not yet
-    _rows(product if plans is None else rows, projections[2:], ("down",), backend, strategy, plans is None)
-    if plans is None:
-        inputs = (rows, rows, product)
-        plans = [_plan(t, projection, backend, strategy) for t, projection in zip(inputs, projections, strict=True)]
-        _remember(call, plans)
-    del product
-    y = block_autograd.lora_mlp(rows, _layers(x, projections, plans), activation)
+    rows, layers = _layers(x, {"gate": gate, "up": up, "down": down}, backend, strategy)
+    y = block_autograd.lora_mlp(rows, layers, activation)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -125,43 +102,61 @@ def _traced(x, projection, backend, strategy):
     return functional.lora_linear(x, weight, lora_a, lora_b, scaling, **options)
 
 
-def _cast(x, projections):
-    """x, weights and biases in autocast's dtype where there is one, as `lora_linear` does it."""
-    if not (isinstance(x, Tensor) and autograd.autocasts(x)):
-        return x, projections
+def _layers(x, named, backend, strategy):
+    """`x [M,K]`, and the projections as layers that are in order, each with its plan and a seed of its own."""
+    if autograd.autocasts(x):
+        x, named = _cast(x, named)
+    call = None if backend or strategy else _call(x, named)
+    plans = functional._known.get(call)
+    new, layers = plans is None, []
+    plans = {} if new else plans
+    rows = x if x.dim() in (0, 2) else x.reshape(-1, x.shape[-1])  # 0 is an error that the check names
+    for name, projection in named.items():
+        inputs = _product(rows, named) if new and name == "down" else rows
+        try:
+            if new:
+                _check(inputs, projection, backend, strategy)
+            functional._check_values(inputs, projection.weight, projection.scaling, projection.dropout_p)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+        if new:
+            plans[name] = _plan(inputs, projection, backend, strategy)
+        layers.append(_layer(projection, plans[name], x.device))
+    if new and call is not None:
+        functional._remember(call, plans)
+    return rows, tuple(layers)
+
+
+def _cast(x, named):
+    """x, weights and biases in autocast's dtype, as `lora_linear` does it."""
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor):
-        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
+        return tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
 
-    return cast(x), tuple(p._replace(weight=cast(p.weight), bias=cast(p.bias)) for p in projections)
+    return cast(x), {name: p._replace(weight=cast(p.weight), bias=cast(p.bias)) for name, p in named.items()}
 
 
-def _call(x, projections, backend, strategy):
+def _call(x, named):
     """What checks and plans depend on, or None where that cannot be told."""
-    if backend or strategy or not all(isinstance(projection, Projection) for projection in projections):
+    if not all(isinstance(projection, Projection) for projection in named.values()):
         return None
-    signature = functional._signature
-    tensors = (signature(t) for p in projections for t in (p.weight, p.lora_a, p.lora_b, p.bias) if t is not None)
-    which = tuple((p.lora_a is None, p.lora_b is None, p.bias is None, bool(p.dropout_p)) for p in projections)
-    return signature(x), *tensors, which, dispatch.settings(getattr(x, "dtype", None))
+    each = (
+        (name, bool(p.dropout_p), *map(_signature, (p.weight, p.lora_a, p.lora_b, p.bias))) for name, p in named.items()
+    )
+    return _signature(x), *each, dispatch.settings(x.dtype)
 
 
-def _remember(call, plans):
-    if call is not None:
-        functional._remember(call, plans)
+def _signature(tensor):
+    return None if tensor is None else functional._signature(tensor)
 
 
-def _rows(x, projections, names, backend, strategy, new):
-    """`x [M,K]`, once it and its projections are in order; a call that is not `new` had the shapes and dtypes checked."""
-    for name, projection in zip(names, projections, strict=True):
-        try:
-            if new:
-                _check(x, projection, backend, strategy)
-            functional._check_values(x, projection.weight, projection.scaling, projection.dropout_p)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+def _product(rows, named):
+    """Stands for what `down` reads, which there is not yet."""
+    gate, up = (named[name].weight.shape[0] for name in ("gate", "up"))
+    if gate != up:
+        raise ValueError(f"up: got a weight of {up} rows, expected {gate}, as gate")
+    return rows.new_empty(len(rows), gate)
 
 
 def _check(x, projection, backend, strategy):
@@ -173,29 +168,18 @@ def _check(x, projection, backend, strategy):
         raise TypeError(
             f"{missing}: got None, expected a torch.Tensor, since {given} is there (without adapter: both None)"
         )
-    if (
-        lora_a is None
-        and isinstance(x, Tensor)
-        and isinstance(weight, Tensor | QuantizedWeight)
-        and len(weight.shape) == 2
-    ):
-        lora_a, lora_b = x.new_empty(1, weight.shape[1]), x.new_empty(weight.shape[0], 1)  # any that is in order
+    if lora_a is None and isinstance(weight, Tensor | QuantizedWeight) and len(weight.shape) == 2:
+        lora_a, lora_b = x.new_empty(1, weight.shape[1]), x.new_empty(weight.shape[0], 1)  # any that are in order
     functional._check(x, weight, lora_a, lora_b, bias, backend, strategy)
 
 
-def _plan(rows, projection, backend, strategy):
-    if projection.lora_a is None:
-        return None
-    return dispatch.plan_for(
-        rows, projection.weight, projection.lora_a, projection.lora_b, projection.dropout_p, backend, strategy
-    )
+def _plan(x, projection, backend, strategy):
+    weight, lora_a, lora_b, *_, dropout_p = projection
+    return None if lora_a is None else dispatch.plan_for(x, weight, lora_a, lora_b, dropout_p, backend, strategy)
 
 
-def _layers(x, projections, plans):
-    return tuple(
-        Layer(
-            p.weight, p.bias, p.lora_a, p.lora_b, p.scaling, p.dropout_p if plan else 0.0,
-            functional.draw_seed(x.device) if plan and p.dropout_p > 0.0 else None, plan,
-        )
-        for p, plan in zip(projections, plans, strict=True)
-    )  # fmt: skip
+def _layer(projection, plan, device) -> Layer:
+    weight, lora_a, lora_b, scaling, bias, dropout_p = projection
+    dropout_p = 0.0 if plan is None else dropout_p
+    seed = functional.draw_seed(device) if dropout_p > 0.0 else None
+    return Layer(weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan)

@@ -17,7 +17,7 @@ from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.integrations import Layer
 from lora_kernels.integrations.peft import FusedLinear, NotFused, check_call, check_hooks, fall_back, reason_not_fused
 
-# Each has attention blocks with q_proj, k_proj and v_proj of one x, and MLPs that are down_proj(act_fn(gate_proj(x)) * up_proj(x)).
+# Their attention blocks have q_proj, k_proj and v_proj of one x; their MLPs are down_proj(act_fn(gate_proj(x)) * up_proj(x)).
 ARCHITECTURES = {
     "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3",
     "Gemma": "gemma", "Gemma2": "gemma2", "Gemma3": "gemma3",
