@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 
 MODULES = (
-    "base", "eager", "compiled", "peft", "addmm", "cublas", "gathered", "dense", "ours",
+    "base", "eager", "compiled", "peft", "addmm", "cublas", "gathered", "dense", "bitsandbytes", "ours",
     "vllm", "sglang", "nemo", "axolotl", "unsloth",
 )  # fmt: skip
 BASE, OURS = "base only", "ours"
@@ -27,6 +27,7 @@ class Provider:
     linear   -> `f(x [M,K]) -> y [M,N]`, differentiable, and the parameters that it trains, A and B
     batched  -> `f(x [M,K]) -> y [M,N]`, every row with its own adapter; inference only
     merge    -> `f() -> weight + scaling B A`
+    quantized, quantized_batched -> as linear and batched, over the `quantized` weight of the tensors
 
     With a backend and a strategy of ours the gate is the whole of `testing.check` as well.
     """
@@ -35,6 +36,8 @@ class Provider:
     linear: Callable | None = None
     batched: Callable | None = None
     merge: Callable | None = None
+    quantized: Callable | None = None
+    quantized_batched: Callable | None = None
     backend: str | None = None
     strategy: str | None = None
 
