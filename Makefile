@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile sanitize gpu gpu-report fuzz peft-judge integrations bench tune lint readme clean
+.PHONY: help demo demo-qlora test compile sanitize gpu gpu-report fuzz peft-judge integrations bench tune lint readme clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/demo  ## fine-tune two adapters on a real model, serve 32; writes out/demo/
 	$(BIN)/python -m lora_kernels demo
+
+demo-qlora: $(VENV)/demo  ## the same model with its base in 4 bits, against bf16; writes out/demo-qlora/
+	$(BIN)/python -m lora_kernels demo --qlora
 
 test: $(VENV)/dev  ## every test that needs no GPU: the interpreter, then the cross-compiler
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not compile and not gpu and not integration"

@@ -30,6 +30,7 @@ def providers(device: torch.device) -> list[Provider]:
         for backend, strategy in strategies(backends, device, distinct):
             named = operations.setdefault((backend, strategy), {})
             named[operation] = partial(call, backend=backend, strategy=strategy)
+            named["quantized" if call is linear else "quantized_batched"] = partial(_over_quantized, named[operation])
     found = [
         Provider(f"{OURS}: {backend} / {strategy}", **named, backend=backend, strategy=strategy)
         for (backend, strategy), named in operations.items()
@@ -57,6 +58,10 @@ def linear(problem, tensors, backend, strategy):
     call = partial(lora_linear, dropout_p=problem.dropout, backend=backend, strategy=strategy)
     lora = (tensors.lora_a, tensors.lora_b)
     return lambda x: call(x, tensors.weight, *lora, problem.scaling), lora
+
+
+def _over_quantized(call, problem, tensors):
+    return call(problem, tensors._replace(weight=tensors.quantized))
 
 
 def _operator(problem, tensors):
