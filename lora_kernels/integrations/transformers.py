@@ -15,7 +15,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.integrations import Layer
-from lora_kernels.integrations.peft import FusedLinear, NotFused, check_call, check_hooks, fall_back, reason_not_fused
+from lora_kernels.integrations.peft import Fused, NotFused, casts, check_call, check_hooks, fall_back, reason_not_fused
 
 # Their attention blocks have q_proj, k_proj and v_proj of one x; their MLPs are down_proj(act_fn(gate_proj(x)) * up_proj(x)).
 ARCHITECTURES = {
@@ -75,8 +75,11 @@ class FusedMLP:
 def _projection(layer, x) -> Projection:
     check_hooks("a layer", layer)
     if _is_active(layer):
-        return Projection(*layer.operands(x))
-    if isinstance(layer, FusedLinear):
+        projection = Projection(*layer.operands(x))
+        if not isinstance(projection.weight, Tensor) and casts(x):
+            raise NotFused("a quantised base under autocast to another dtype")
+        return projection
+    if isinstance(layer, Fused):
         if layer._disable_adapters or layer.merged_adapters:
             raise NotFused("one layer's adapter is disabled or merged, another's is not")
         weight, bias = layer.weight_and_bias()
@@ -90,7 +93,7 @@ def _projection(layer, x) -> Projection:
 
 def _is_active(layer) -> bool:
     return (
-        isinstance(layer, FusedLinear)
+        isinstance(layer, Fused)
         and not (layer._disable_adapters or layer.merged_adapters)
         and any(layer.active_names())
     )
@@ -108,7 +111,7 @@ def fuse(model: nn.Module) -> Iterator[Layer]:
     for name, module in model.named_modules():
         for parts, what in ((QKV, "q, k and v"), (GATED, "gate, up and down")):
             layers = [module._modules.get(part) for part in parts]
-            if all(layers) and any(isinstance(layer, FusedLinear) for layer in layers):
+            if all(layers) and any(isinstance(layer, Fused) for layer in layers):
                 reason = _fuse_mlp(module, layers) if parts is GATED else _fuse_qkv(module, layers)
                 yield Layer(name, f"{type(module).__name__.removeprefix('Fused')}, {what}", reason)
 
@@ -116,7 +119,7 @@ def fuse(model: nn.Module) -> Iterator[Layer]:
 def _fuse_qkv(module, layers) -> str | None:
     if not _is_known(type(module), "Attention"):
         return "no attention block that we know"
-    adapted = tuple(layer for layer in layers if isinstance(layer, FusedLinear))
+    adapted = tuple(layer for layer in layers if isinstance(layer, Fused))
     if len(adapted) < 2:
         return "one of its projections has an adapter only"
     together = Together(adapted)
@@ -144,7 +147,7 @@ def _reason(layers) -> str | None:
             check_hooks("a layer", layer)
         except NotFused as reason:
             return reason.args[0]
-        if isinstance(layer, FusedLinear) and (reason := reason_not_fused(layer)):
+        if isinstance(layer, Fused) and (reason := reason_not_fused(layer)):
             return reason
     return None
 
