@@ -5,19 +5,22 @@ import copy
 import io
 import os
 import pickle
+import sys
 
 import pytest
 import torch
+from conftest import DEVICE
 from features import EXACT, FUSED, feature
 from peft_judge import judge
+from peft_judge.cases import K
 from torch import nn
 
 import lora_kernels
-from lora_kernels import integrations
 from lora_kernels.integrations import linears
 
+pytest_plugins = ["peft_judge.cases"]
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("as_before")]
-K, N, R = 24, 48, 4
+N, R = 48, 4
 HEADS = {"head_size": 8, "n_head": 4, "n_query_groups": 1}  # N = 8 (4 + 1 + 1)
 
 
@@ -41,16 +44,23 @@ def litgpt_qkv(p=0.0, enable=(True, False, True), **heads):
     return frozen(lora.LoRAQKVLinear(K, N, **HEADS | heads, r=R, lora_alpha=6, lora_dropout=p, enable_lora=enable))
 
 
+def torchtune_lora():
+    quantization = pytest.importorskip("torchao.quantization")
+    # torchtune 0.6.1 looks for NF4Tensor where torchao 0.18 no longer has it.
+    sys.modules.setdefault("torchao.dtypes.nf4tensor", sys.modules[quantization.NF4Tensor.__module__])
+    return pytest.importorskip("torchtune.modules.peft.lora")
+
+
 def torchtune_linear(p=0.0, **settings):
-    lora = pytest.importorskip("torchtune.modules.peft")
+    lora = torchtune_lora()
     return frozen(lora.LoRALinear(K, N, R, 6.0, dropout=p, **settings))
 
 
 def deepspeed_linear(p=0.0):
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", DEVICE)
     linear = pytest.importorskip("deepspeed.linear.optimized_linear")
     config = pytest.importorskip("deepspeed.linear.config").LoRAConfig(lora_r=R, lora_alpha=6, target_mods=["0"])
-    return linear.LoRAOptimizedLinear(K, N, lora_config=config, device="cpu", dtype=torch.float32)
+    return linear.LoRAOptimizedLinear(K, N, lora_config=config, device=DEVICE, dtype=torch.float32)
 
 
 def frozen(layer):
@@ -82,19 +92,6 @@ def model_of(name, *args):
     return model
 
 
-@pytest.fixture
-def as_before(monkeypatch):
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")  # the kernels have tests of their own
-    yield
-    integrations._warn_once.cache_clear()
-
-
-@pytest.fixture
-def x():
-    torch.manual_seed(2)
-    return torch.randn(2, 5, K)
-
-
 def own(layer, dtype=None):
     """The library's own layer with the same weights."""
     layer = copy.deepcopy(layer)
@@ -110,7 +107,7 @@ def assert_right(model, x):
         ours = judge._results(layer._fused, layer, x, True)
     with judge._same_dropout(seeds):
         wanted = judge._results(theirs, theirs, x, True)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             truth = judge._results(exact, exact, x.double(), True)
     assert ours.keys() == wanted.keys() == truth.keys() and len(ours) >= 4
     eps = max(torch.finfo(t.dtype).eps for t in (x, ours["y"]))
@@ -159,7 +156,7 @@ def test_16_bits(name, how, x):
     if how == "bf16":
         assert_right(model.bfloat16(), x.bfloat16())
     else:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             assert_right(model, x)
 
 
@@ -273,7 +270,7 @@ def test_what_is_not_fused(name, x):
 
 @feature("torchtune's `QATLoRALinear`, DeepSpeed's quantised base", EXACT, "torchtune, DeepSpeed")
 def test_other_classes(x):
-    lora = pytest.importorskip("torchtune.modules.peft.lora")
+    lora = torchtune_lora()
     model = nn.Sequential(lora.QATLoRALinear(K, N, R, 6.0))
     expected = model(x)
     with pytest.warns(UserWarning, match="torchtune.QATLoRALinear: no kernel for this class"):
