@@ -20,7 +20,8 @@ TOOLS = {"__main__", "demo", "machine_code", "static_gate", "testing"}
 ALLOWED = {
     "__init__": {"adapters", "blocks", "dispatch", "functional", "integrations", "modules"},
     "adapters": {"adapters", "formats", "functional", "modules", "torch", "safetensors"},
-    "integrations": {"__init__", "formats", "integrations", "torch", "bitsandbytes", "peft", "transformers"},
+    "integrations": {"__init__", "formats", "integrations", "torch"}
+    | {"bitsandbytes", "deepspeed", "litgpt", "loralib", "peft", "torchtune", "transformers"},
     "blocks": {"autograd", "backends", "blocks", "dispatch", "formats", "functional", "modules", "ops", "torch"},
     "modules": {"formats", "functional", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
