@@ -17,8 +17,8 @@ from lora_kernels.formats import QuantizedWeight, named
 logger = logging.getLogger("lora_kernels")
 
 # one_launch runs on request only: it has not been timed on a GPU yet, and its model has not been confirmed.
-IN_LOOP_ROWS = legality.MAX_ROWS["quantized_extended"]
 DEFAULT_STRATEGIES = ("extended", "single_pass", "chained")
+IN_LOOP_ROWS = legality.MAX_ROWS["quantized_extended"]
 
 
 class Problem(NamedTuple):
@@ -93,7 +93,7 @@ def _dense(weight, x):
 
 
 def _format(weight, n, goal) -> dict[str, Any]:
-    """A problem's fields about a quantised weight, of which `weight` has a number of rows, and the problem n."""
+    """The fields of a problem with n rows of W that say how it is quantised; `weight` may have fewer."""
     if not isinstance(weight, QuantizedWeight):
         return {}
     tile = weight.tile(goal.capability)
@@ -142,7 +142,7 @@ def _costs_over_format(strategy, p) -> tuple[roofline.Cost, roofline.Cost]:
     """The roofline's cost of dequantising in the K loop and into a scratch."""
     kernel = _quantized_kernel(strategy, p)
     tile = configs.lookup(kernel, p.capability, p.dtype.itemsize, p.m, p.n, p.r, p.num_sms)
-    rows, columns = -(-p.m // tile.block_m), -(-p.n // tile.block_n)
+    rows, columns = max(-(-p.m // tile.block_m), 1), -(-p.n // tile.block_n)
     # A program of `extended` has a whole tile, and without enough of them there are SMs that issue nothing.
     share = 1.0 if p.distinct else min(rows * columns / p.num_sms, 1.0)
     issued = configs.INSTRUCTIONS[p.format] * p.n * p.k * rows / share

