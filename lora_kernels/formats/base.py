@@ -64,9 +64,10 @@ class QuantizedWeight(nn.Module):
 
         Its operands, and the constants that it is compiled for.
         """
-        codes = self.state()[0]
-        if not codes.is_contiguous():
-            return f"codes that lie in memory with strides {codes.stride()}"
+        codes, *rest = self.state()
+        for tensor in (codes, *(t for t in rest if t.dim() < 2)):  # strides of a matrix of scales are no matter
+            if not tensor.is_contiguous():
+                return f"a state that lies in memory with strides {tensor.stride()}"
         if codes.data_ptr() % 16 or codes.nbytes // self.shape[0] % 16 or codes.nbytes % self.shape[0]:
             return "rows of codes that do not begin on 16-byte boundaries"
         return self._tile(capability)

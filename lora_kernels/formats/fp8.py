@@ -59,10 +59,8 @@ class FP8Weight(QuantizedWeight):
         if rows >= n:
             rows, scale_n = 1, 0
         table = None if capability >= NATIVE else _values(self.device)
-        return (self.data.view(torch.uint8), self.scale, table, k, scale_n, scale_k), (
-            rows,
-            columns if columns < k else 0,
-        )
+        layout = rows, columns if columns < k else 0
+        return (self.data.view(torch.uint8), self.scale, table, k, scale_n, scale_k), layout
 
     @classmethod
     def _quantize(cls, values, dtype, scaling="row", block=None):
