@@ -293,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     words = set(options.k.split())
     capabilities = (options.arch,) if options.arch else configs.ARCHITECTURES
     chosen = [variant for variant in variants(capabilities) if words <= set(variant.name.split())]
+    names = {variant.name for variant in chosen}
     if not chosen:
         parser.error(f"no variant matches -k {options.k!r}")
     record = {"versions": versions(), "variants": {}}
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     results = _check_all(chosen)
     if options.update:
         narrowed = options.arch or options.k
-        kept = record["variants"] if narrowed else {}
+        kept = {name: figures for name, figures in record["variants"].items() if narrowed or name in names}
         digests = {variant.name: digest(variant) for variant in chosen}
         passed = {r.name: r.figures | {"digest": digests[r.name]} for r in results if r.figures and not r.problems}
         write_record(options.record, kept | {r.name: r.figures for r in results if r.figures} | passed)
