@@ -45,6 +45,11 @@ def weight_operand(w, kn, config, tma=True):
     return operand(w, block, tma)
 
 
+def contraction_first(weight):
+    """`weight [N, K]` as `[K, N]`; a quantised one has no order to change."""
+    return weight if isinstance(weight, QuantizedWeight) else weight.mT
+
+
 class Base(NamedTuple):
     """A base weight as the kernels with a LOAD take it: dense, or one that they dequantise in their K loop.
 
@@ -59,16 +64,11 @@ class Base(NamedTuple):
     kn: bool = False
 
     @classmethod
-    def of(cls, weight, capability) -> "Base":
-        """The base of `weight [N, K]`; a quantised one has a tile."""
-        if not isinstance(weight, QuantizedWeight):
-            return cls.dense(weight.mT)
-        w, layout = weight.tile(capability)
-        return cls(w, loads(weight.name), layout)
-
-    @classmethod
-    def dense(cls, w) -> "Base":
-        """The base of `w [K, N]`, contraction first."""
+    def of(cls, w, capability) -> "Base":
+        """The base of a dense `w [K, N]`, or of a quantised weight that has a tile."""
+        if isinstance(w, QuantizedWeight):
+            operands, layout = w.tile(capability)
+            return cls(operands, loads(w.name), layout)
         w, kn = stored(w)
         return cls(w, loads("dense"), kn, w.stride(0), False, kn)
 

@@ -20,6 +20,7 @@ from lora_kernels.backends.operands import (
     Base,
     accumulator,
     cdiv,
+    contraction_first,
     has_host_descriptors,
     on_16_bytes,
     operand,
@@ -109,18 +110,18 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
     m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     if m == 0:
         return x.new_empty(0, n), x.new_empty(0, r)
-    x, a, b = prepared(x, weight), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT
+    x, w, a, b = prepared(x, weight), contraction_first(weight), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT
     bias = None if bias is None else bias.contiguous()
     with device_guard(x.device):
         if strategy == "single_pass":
-            return _single_pass(x, weight.mT, a, b, bias, scaling)
+            return _single_pass(x, w, a, b, bias, scaling)
         if strategy == "one_launch":
-            return _one_launch(x, weight.mT, a, b, bias, scaling)
+            return _one_launch(x, w, a, b, bias, scaling)
         h = _shrink(x, a, scaling, dropout_p, seed)
         if strategy == "extended":
-            return _extended(x, Base.of(weight, target(x.device).capability), h, b, bias), h
+            return _extended(x, w, h, b, bias), h
         y = h.mm(b) if bias is None else torch.addmm(bias, h, b)
-        return y.addmm_(x, weight.mT), h
+        return y.addmm_(x, w), h
 
 
 def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):
@@ -145,21 +146,21 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
             if strategy == "chained":
                 dx = _drop_in_place(g.mm(b), dropout_p, seed).addmm_(dy, weight)
             else:
-                dx = _extended(dy, Base.dense(weight), g, b, None, dropout_p, seed)
+                dx = _extended(dy, weight, g, b, None, dropout_p, seed)
         if needs_a:
             da = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
             _wgrad(row_major(x), g, da.mT, dropout_p, seed)
     return dx, da, db
 
 
-def _extended(x, base, h, b, bias, dropout_p=0.0, seed=None):
+def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
     m, k = x.shape
     r, n = b.shape
     y = x.new_empty(m, n)
     goal = target(x.device)
+    base = Base.of(w, goal.capability)
     aligned = on_16_bytes(x, *base.matrices, y)
-    kernel = base.kernel("extended")
-    config = config_for(kernel, x, n, r, dropout_p, aligned or base.quantized, base.kn)
+    config = config_for(base.kernel("extended"), x, n, r, dropout_p, aligned or base.quantized, base.kn)
     tma = goal.tma and aligned
     block_r = rank_block(r, cap=64)
     operands = (operand(x, (config.block_m, config.block_k), tma), base.operand(config, tma))

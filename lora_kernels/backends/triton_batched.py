@@ -13,7 +13,15 @@ from torch import Tensor
 from lora_kernels import configs
 from lora_kernels.backends import triton as backend
 from lora_kernels.backends.launcher import counters, launch
-from lora_kernels.backends.operands import Base, accumulator, cdiv, on_16_bytes, operand, rank_block
+from lora_kernels.backends.operands import (
+    Base,
+    accumulator,
+    cdiv,
+    contraction_first,
+    on_16_bytes,
+    operand,
+    rank_block,
+)
 from lora_kernels.backends.triton import reasons_unsupported  # noqa: F401
 
 STRATEGIES = configs.STRATEGIES["lora_linear_batched"]
@@ -107,7 +115,7 @@ def _extended(x, weight, bias, tables, plan, h, y=None):
     """`x W' + bias` and the adapters; where `y` is given, the adapters are added to it instead."""
     (m, k), n, goal = x.shape, weight.shape[0], backend.target(x.device)
     has_base, y = y is None, x.new_empty(m, n) if y is None else y
-    base = Base.of(weight, goal.capability)
+    base = Base.of(contraction_first(weight), goal.capability)
     aligned = on_16_bytes(x, *base.matrices, y)
     kernel = base.kernel("batched_extended") if has_base else "batched_chained"
     config = backend.config_for(kernel, x, n, h.r_max, aligned=aligned or base.quantized, kn=base.kn)
@@ -148,7 +156,7 @@ def _one_launch(x, weight, bias, tables, plan, h):
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n)
     goal = backend.target(x.device)
-    base = Base.of(weight, goal.capability)
+    base = Base.of(contraction_first(weight), goal.capability)
     aligned = on_16_bytes(x, *base.matrices, y)
     kernel = base.kernel("batched_one_launch")
     config = backend.config_for(kernel, x, n, h.r_max, aligned=aligned or base.quantized, kn=base.kn)
