@@ -8,6 +8,7 @@ import argparse
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -196,7 +197,9 @@ def _name(capability, kernel, args, constants, config) -> str:
     dtypes = [SHORT.get(tensor.dtype) for tensor in tensors if isinstance(tensor, torch.Tensor)]
     switches = {**constants, "ACC": False, "PRECISION": constants.get("PRECISION") == "tf32" and "tf32"}
     if "LOAD" in switches:
-        switches |= _weight_switches(switches.pop("LOAD"), switches.pop("LAYOUT"), args[kernel.arg_names.index("w")])
+        of_w = _weight_switches(switches.pop("LOAD"), switches["LAYOUT"], args[kernel.arg_names.index("w")])
+        items = (of_w.items() if name == "LAYOUT" else [(name, value)] for name, value in switches.items())
+        switches = dict(itertools.chain.from_iterable(items))
     settings = [name if value is True else f"{name}={value}" for name, value in switches.items() if value is not False]
     settings += [f"slices={len(arg)}" for name, arg in zip(kernel.arg_names, args, strict=False) if name == "ranks"]
     integers = [(name, arg) for name, arg in named if isinstance(arg, int)]
