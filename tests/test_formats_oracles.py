@@ -1,12 +1,18 @@
-"""Formats against the libraries that made them: bitsandbytes, PEFT over it, torchao, transformers."""
+"""Formats against the libraries that made them: bitsandbytes, PEFT over it, transformers; torchao has a file of its own."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
 from lora_kernels import LoRALinear, apply_lora, formats, testing
+from lora_kernels.demo.material import in_4_bits
 from lora_kernels.formats import FP8Weight, Int4Weight, Int8Weight, NF4Weight
 from lora_kernels.formats.int4 import AWQ_ORDER, pack, unpack
+from lora_kernels.modules import lora_layers
+
+NAMES = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
 SHAPES = [(64, 1024), (64, 768), (96, 64), (32, 100), (7, 130), (5, 66), (1, 2), (300, 512)]
 
@@ -108,6 +114,54 @@ def test_a_qlora_step_is_within_budget_of_the_truth_as_is_peft_over_bitsandbytes
             testing.compare(case, name, actual, truth[name], eager[name], magnitude[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_qlora_step_of_a_model_is_that_of_peft_over_bitsandbytes(bnb, dtype):
+    """Logits and every gradient of a Llama, held against PEFT over the dense values in fp64."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager"
+    )
+    base = in_4_bits(transformers.LlamaForCausalLM(config).to(dtype).requires_grad_(False))
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[*NAMES], init_lora_weights=False)
+    theirs, ours = (
+        peft.get_peft_model(copy.deepcopy(base), lora),
+        apply_lora(copy.deepcopy(base), NAMES, r=4, lora_alpha=8),
+    )
+    for name, layer in lora_layers(ours).items():
+        layer.lora_A.weight.data = theirs.base_model.model.get_submodule(name).lora_A["default"].weight.data.clone()
+        layer.lora_B.weight.data = theirs.base_model.model.get_submodule(name).lora_B["default"].weight.data.clone()
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        dense.weight.data = layer.weight.dequantize()
+        base.set_submodule(name, dense)
+    base.is_loaded_in_4bit = False
+    truth = peft.get_peft_model(base.double(), lora)
+    truth.load_state_dict(
+        {name: t.double() for name, t in theirs.state_dict().items() if "lora_" in name}, strict=False
+    )
+
+    tokens = torch.randint(64, (2, 16))
+    expected, yardstick, actual = (step(model, tokens) for model in (truth, theirs, ours))
+    assert len(actual) == 1 + 4 * 7  # logits, and A and B of seven layers in two blocks
+    for name, error in errors(actual, expected).items():
+        budget = testing.Budget(errors(yardstick, expected)[name], 2.0, 2 * torch.finfo(dtype).eps)
+        assert error <= budget.limit, (name, error, budget)
+
+
+def step(model, tokens):
+    y = model(input_ids=tokens, labels=tokens)
+    y.loss.backward()
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): p.grad for name, p in model.named_parameters()
+    }
+    return {"logits": y.logits.detach()} | {name: grad for name, grad in gradients.items() if grad is not None}
+
+
+def errors(actual, truth):
+    return {name: float((t.double() - truth[name]).norm() / truth[name].norm()) for name, t in actual.items()}
+
+
 def test_a_model_of_bitsandbytes_gets_adapters(bnb):
     model = nn.Sequential(linear4bit(bnb, 32, 64), nn.ReLU(), nn.Linear(32, 8))
     x = torch.randn(4, 64)
@@ -138,17 +192,6 @@ def test_int8_of_bitsandbytes(bnb, evaluated):
     weight = LoRALinear.from_linear(layer, r=4).weight
     assert isinstance(weight, Int8Weight) and weight.data.data_ptr() == state.CB.data_ptr()
     assert torch.allclose(weight.dequantize(torch.float32), expected, rtol=1e-6, atol=0.0)
-
-
-@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
-def test_torchao(config):
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    model = nn.Sequential(nn.Linear(64, 32))
-    quantization.quantize_(model, getattr(quantization, config)())
-    weight = LoRALinear.from_linear(model[0], r=4).weight
-    assert isinstance(weight, Int8Weight if "Int8" in config else FP8Weight)
-    assert weight.data.data_ptr() == model[0].weight.qdata.data_ptr()
-    assert torch.allclose(weight.dequantize(torch.float32), model[0].weight.dequantize().float(), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("block_size", [None, (128, 128)])

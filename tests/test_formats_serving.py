@@ -45,15 +45,8 @@ def fp8_linear(k, n):
     return layer
 
 
-def torchao_linear(k, n):
-    quantization = pytest.importorskip("torchao.quantization")
-    layer = nn.Sequential(nn.Linear(k, n))
-    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
-    return layer[0]
-
-
 @pytest.fixture(
-    params=[linear4bit, linear8bit, fp8_linear, pytest.param(torchao_linear, marks=pytest.mark.integration)],
+    params=[linear4bit, linear8bit, fp8_linear],
     ids=lambda make: make.__name__,
 )
 def model(request):

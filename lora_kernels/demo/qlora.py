@@ -10,26 +10,10 @@ import torch
 from lora_kernels import apply_lora, formats
 from lora_kernels.demo import throughput, training
 from lora_kernels.demo.adapters import make_adapters
-from lora_kernels.demo.material import make_corpus, read_texts
+from lora_kernels.demo.material import in_4_bits, make_corpus, read_texts
 from lora_kernels.modules import linears_by_name
 
 BASES = "bf16", "nf4"
-
-
-def in_4_bits(model):
-    """The model with its linear layers in nf4, doubly quantised, as transformers' `load_in_4bit` makes them."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for name, linear in linears_by_name(model).items():
-        if linear is model.get_output_embeddings():
-            continue
-        n, k = linear.weight.shape
-        layer = Linear4bit(k, n, linear.bias is not None, model.dtype, quant_type="nf4", device="meta")
-        layer.weight = Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4", module=layer)
-        layer.bias = linear.bias
-        model.set_submodule(name, layer.to(linear.weight.device))
-    model.is_loaded_in_4bit = True  # so that PEFT takes its layers for what they are
-    return model
 
 
 def train_and_decode(report, model, tokenizer, out: Path, recipe):
