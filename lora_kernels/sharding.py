@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # Whose hooks gather a module's weights before it runs and free them afterwards, and do nothing to what it computes.
-ENGINES = ("torch.distributed.fsdp.", "torch.distributed._composable.", "deepspeed.runtime.zero.")
+ENGINES = ("torch.distributed.fsdp", "torch.distributed._composable", "deepspeed.runtime.zero.")
 
 
 def is_dtensor(tensor) -> bool:
@@ -34,7 +34,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def kind(module: nn.Module) -> type:
     """The class of `module` before an engine made it one of its own, as FSDP2 does."""
-    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith(ENGINES))
+    kinds = type(module).__mro__
+    if not gathered(module):
+        return kinds[0]
+    return kinds[max((i + 1 for i, kind in enumerate(kinds) if kind.__module__.startswith(ENGINES)), default=0)]
 
 
 def gathered(module: nn.Module) -> bool:

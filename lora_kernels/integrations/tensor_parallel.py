@@ -5,6 +5,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
+from lora_kernels import LoRALinear
+
 
 class _LoRAParallel(ParallelStyle):
     def __init__(self, input_layouts, wanted, placements, output_layouts, use_local_output):
@@ -13,8 +15,12 @@ class _LoRAParallel(ParallelStyle):
         self.output_layouts, self.use_local_output = (output_layouts,), use_local_output
 
     def _apply(self, module, device_mesh):
-        if not hasattr(module, "lora_A"):
-            raise TypeError(f"{type(self).__name__}: got a {type(module).__name__}, expected a LoRA layer")
+        base = getattr(module, "base_layer", module)
+        if not (hasattr(module, "lora_A") and type(base) in (nn.Linear, LoRALinear)):
+            raise TypeError(
+                f"{type(self).__name__}: got a {type(module).__name__} of a {type(base).__name__}, expected a LoRA layer "
+                "of an nn.Linear"
+            )
         return distribute_module(module, device_mesh, self._shard, self._prepare, self._finish)
 
     def _shard(self, name, module, mesh):
@@ -43,7 +49,7 @@ class ColwiseLoRA(_LoRAParallel):
     output_layouts    how y goes on; sharded in its last dimension unless said
     use_local_output  a plain tensor, or a DTensor
 
-    Raises TypeError where it is applied to a module without `lora_A`.
+    Raises TypeError where it is applied to anything but a LoRA layer of an `nn.Linear`.
     """
 
     def __init__(
