@@ -9,7 +9,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 
 # Whose hooks gather a module's weights before it runs and free them afterwards, and do nothing to what it computes.

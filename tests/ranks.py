@@ -26,7 +26,8 @@ class Ran(NamedTuple):
 class Ranks:
     """Two processes. Started at the first call, and again after a failure, since a rank may then wait for the other."""
 
-    def __init__(self):
+    def __init__(self, timeout=TIMEOUT):
+        self.timeout = timeout
         self.processes, self.pipes = [], []
 
     def run(self, function, *args, **kwargs) -> list[Ran]:
@@ -36,7 +37,7 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
         waiting, ran = dict(zip(self.pipes, range(WORLD), strict=True)), {}
-        for _ in range(TIMEOUT):
+        for _ in range(self.timeout):
             for pipe in connection.wait(list(waiting), 1.0):
                 try:
                     failed, ran[waiting.pop(pipe)] = pipe.recv()
@@ -48,7 +49,7 @@ class Ranks:
             if not waiting:
                 return [ran[rank] for rank in range(WORLD)]
         self.stop()
-        raise AssertionError(f"no answer in {TIMEOUT} s: ranks {list(waiting.values())} hang")
+        raise AssertionError(f"no answer in {self.timeout} s: ranks {list(waiting.values())} hang")
 
     def _start(self):
         context = multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""What the ranks run: a model is sharded by some engine and trained a step, and PEFT alone, unsharded, on the whole batch is right."""
+"""What the ranks run: some engine shards a model and trains it a step; PEFT alone on the whole batch is what is right."""
 
 import contextlib
 import re

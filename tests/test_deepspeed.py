@@ -1,0 +1,31 @@
+# ruff: noqa: E402
+"""DeepSpeed's ZeRO-3 on two ranks (gloo, on the CPU): a row of docs/distributed.md."""
+
+import pytest
+
+pytestmark = pytest.mark.integration
+pytest.importorskip("deepspeed")
+pytest.importorskip("peft")
+
+import zero3
+from features import FUSED, feature
+from ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def processes():
+    ranks = Ranks(timeout=200)
+    yield ranks
+    ranks.stop()
+
+
+@feature("DeepSpeed ZeRO-3, PEFT's layers and `LoRALinear`", FUSED)
+@pytest.mark.parametrize("ours", [False, True])
+def test_zero3(processes, ours):
+    for ran in processes.run(zero3.train, ours):
+        assert ran.calls and not ran.reasons
+
+
+def test_a_planted_fault_is_found(processes):
+    with pytest.raises(AssertionError, match="lora_a: got shape|lora_a: got rank"):
+        processes.run(zero3.not_gathered)
