@@ -63,7 +63,9 @@ def lora_linear(
         _check(x, weight, lora_a, lora_b, bias, backend, strategy)
     _check_values(x, weight, scaling, dropout_p)
     if dropout_p > 0.0 and sharding.is_dtensor(x):
-        raise NotImplementedError("dropout_p: no dropout on DTensors yet, whose mask would have to be that of the whole x")
+        raise NotImplementedError(
+            "dropout_p: no dropout on DTensors yet, whose mask would have to be that of the whole x"
+        )
     if autocasts:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)

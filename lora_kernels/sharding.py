@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 # Whose hooks gather a module's weights before it runs and free them afterwards, and do nothing to what it computes.
-ENGINES = ("torch.distributed.fsdp", "torch.distributed._composable", "deepspeed.runtime.zero.")
+ENGINES = (
+    "torch.distributed.fsdp", "torch.distributed._composable", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx",
+)  # fmt: skip
 
 
 def is_dtensor(tensor) -> bool:

@@ -24,8 +24,3 @@ def processes():
 def test_zero3(processes, ours):
     for ran in processes.run(zero3.train, ours):
         assert ran.calls and not ran.reasons
-
-
-def test_a_planted_fault_is_found(processes):
-    with pytest.raises(AssertionError, match="lora_a: got shape|lora_a: got rank"):
-        processes.run(zero3.not_gathered)

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Models on two ranks (gloo, on the CPU): a test is a row of docs/distributed.md; PEFT alone on the whole batch judges it."""
 
 import itertools
