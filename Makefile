@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile sanitize gpu gpu-report fuzz peft-judge integrations bench tune lint readme clean
+.PHONY: help demo demo-qlora test compile sanitize gpu gpu-report fuzz peft-judge integrations bench tune lint readme clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/demo  ## fine-tune two adapters on a real model, serve 32; writes out/demo/
 	$(BIN)/python -m lora_kernels demo
+
+demo-qlora: $(VENV)/demo  ## the same model with its base in 4 bits, against bf16; writes out/demo-qlora/
+	$(BIN)/python -m lora_kernels demo --qlora
 
 test: $(VENV)/dev  ## every test that needs no GPU: the interpreter, then the cross-compiler
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not compile and not gpu and not integration"
@@ -21,7 +24,7 @@ compile: $(VENV)/dev  ## the static gate alone: cross-compile every kernel and r
 	$(BIN)/python -m lora_kernels compile
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
-CSRC_TESTS := tests/test_csrc.py tests/test_cpu_training.py tests/test_batched.py tests/test_functional.py
+CSRC_TESTS := tests/test_csrc.py tests/test_cpu_training.py tests/test_cpu_dequantize.py tests/test_batched.py tests/test_functional.py
 
 sanitize: $(VENV)/dev  ## the compiled CPU kernels under the address and undefined-behaviour sanitizers
 	@set -e; python=$$(realpath -s $(BIN)/python); copy=$$(mktemp -d); trap 'rm -rf $$copy' EXIT; \
@@ -56,7 +59,7 @@ fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 peft-judge: $(VENV)/judge  ## PEFT's own LoRA tests with and without us, every fused call and gradient compared
 	PYTHONPATH=. $(BIN)/python tests/peft_judge $(VENV)/peft-*.tar.gz --work out/peft-judge
 
-integrations: $(VENV)/integrations  ## the stacks that make test goes without: trainers, engines, sharding, other LoRA layers
+integrations: $(VENV)/integrations $(VENV)/demo  ## the stacks that make test goes without: trainers, engines, sharding, other LoRA layers
 	$(BIN)/python -m pytest -m integration
 
 bench: $(VENV)/dev  ## every suite against every rival that is installed; writes benchmarks/results/, plots to out/bench/

@@ -15,12 +15,13 @@ from setuptools.command.build_ext import build_ext
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 # -ffp-contract=off: what is fused is written so, and no other function can round differently from its neighbour.
 FLAGS = shlex.split("-std=c++17 -O2 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden -fno-exceptions -fno-rtti")
+FLAGS += ["-fno-tree-loop-distribute-patterns"]  # a call of memcpy takes longer than most copies here
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 SOURCES = {"csrc/binding.cpp": [], "csrc/cpu/generic.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {"csrc/cpu/avx2.cpp": AVX2, "csrc/cpu/avx512.cpp": AVX512}
-    SOURCES |= {"csrc/cpu/avx512_bf16.cpp": [*AVX512, "-mavx512bf16"]}
+    SOURCES |= {f"csrc/cpu/{name}.cpp": [*AVX512, "-mavx512bf16"] for name in ("avx512_bf16", "amx")}
 CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cuda/nf4.cu"]
 ARCHITECTURES = {"80": "[sm_80,compute_80]", "90a": "sm_90a", "100": "sm_100"}  # others compile what is for 80
 NVCC_FLAGS = shlex.split("-std=c++17 -O3 -shared -cudart=static -cudadevrt=none -Xcompiler=-fPIC,-fvisibility=hidden")

@@ -13,7 +13,7 @@ from benchmarks.report import local_device, path_of, refuse_interpreter, show
 
 COLUMNS = ("provider", "ms", "quartiles", "× base", "% of roofline", "TFLOP/s", "GB/s", "launches", "peak MiB")
 MEMORY = ("provider", "saved MiB", "peak MiB", "launches")
-SUITES = ("train", "decode", "prefill", "merge", "host", "memory", "layer", "cpu")
+SUITES = ("train", "decode", "prefill", "merge", "host", "memory", "layer", "qlora", "cpu")
 ON_REQUEST = ("pool", "cpu_roofline")
 
 

@@ -1,7 +1,9 @@
-// The peaks of this machine's cores and memory, for benchmarks/cpu_roofline.py: AVX-512, with pairs of bf16 where there are any.
+// The peaks of this machine's cores and memory, for benchmarks/cpu_roofline.py: AVX-512, with pairs of bf16 and with tiles where there are any.
 #include <immintrin.h>
 #include <omp.h>
 #include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 namespace {
 
@@ -26,22 +28,52 @@ void multiply(int64_t steps) {
   }
 }
 
+#ifdef __AMX_BF16__
+constexpr int kTileChains = 4;
+
+void multiply_tiles(int64_t steps) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+  } shapes;
+  asm volatile("ldtilecfg %0" : : "m"(shapes));
+  for (int64_t i = 0; i < steps; ++i) {
+    asm volatile("tdpbf16ps %tmm5, %tmm4, %tmm0\n tdpbf16ps %tmm5, %tmm4, %tmm1\n"
+                 "tdpbf16ps %tmm5, %tmm4, %tmm2\n tdpbf16ps %tmm5, %tmm4, %tmm3");
+  }
+  asm volatile("tilerelease");
+}
+#endif
+
 }  // namespace
 
 extern "C" {
 
-// Vector multiplications of a thread a second, with `threads` of them at once: of fp32, or of pairs of bf16 (0: there are none).
-double multiplications(int32_t pairs, int32_t threads, int64_t steps) {
+// Multiplying instructions of a thread a second, with `threads` of them at once: of fp32, of pairs of bf16, of tiles of bf16, by
+// `kind`; 0 where there are none.
+double multiplications(int32_t kind, int32_t threads, int64_t steps) {
   const double start = omp_get_wtime();
+  if (kind == 0) {
+#pragma omp parallel num_threads(threads)
+    multiply<product>(steps);
+    return kChains * steps / (omp_get_wtime() - start);
+  }
 #ifdef __AVX512BF16__
+  if (kind == 1) {
 #pragma omp parallel num_threads(threads)
-  pairs ? multiply<pair_product>(steps) : multiply<product>(steps);
-#else
-  if (pairs) return 0;
-#pragma omp parallel num_threads(threads)
-  multiply<product>(steps);
+    multiply<pair_product>(steps);
+    return kChains * steps / (omp_get_wtime() - start);
+  }
 #endif
-  return kChains * steps / (omp_get_wtime() - start);
+#ifdef __AMX_BF16__
+  if (kind == 2 && syscall(SYS_arch_prctl, 0x1023, 18) == 0) {  // Linux lends tiles where they are asked for
+#pragma omp parallel num_threads(threads)
+    multiply_tiles(steps);
+    return kTileChains * steps / (omp_get_wtime() - start);
+  }
+#endif
+  return 0;
 }
 
 // Bytes a thread reads a second, `passes` times over `bytes` of its own; `from` holds threads * bytes.

@@ -13,7 +13,7 @@ import torch
 from benchmarks import report
 
 SIZES = {"L1": 16 << 10, "L2": 256 << 10, "L3": 4 << 20, "memory": 128 << 20}  # bytes a thread
-LANES = {"fp32 FMA": 16, "bf16 dot": 32}  # multiplications of an instruction
+LANES = {"fp32 FMA": 16, "bf16 dot": 32, "bf16 tiles": 16 * 16 * 32}  # multiplications of an instruction
 
 
 def main(full: bool = False) -> None:

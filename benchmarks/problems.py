@@ -113,7 +113,7 @@ class Linear:
         grads = torch.autograd.grad(y, (tensors.x, *parameters), dy)
         results = {"y": y.detach()} | dict(zip(("dx", "da", "db"), grads, strict=True))
         case = certain.case
-        return max(_of_budget(case, name, t, truth[name], eager[name], magnitude[name]) for name, t in results.items())
+        return max(of_budget(case, name, t, truth[name], eager[name], magnitude[name]) for name, t in results.items())
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Batched:
         """y as a multiple of its error budget."""
         tensors, truth, eager = _expected_of_batch(self, device)
         case = testing.Case(self.m, self.n, self.k, max(self.ranks), getattr(torch, self.dtype))
-        return _of_budget(case, "y", self.step(provider, tensors, INFERENCE)().clone(), truth, eager, truth)
+        return of_budget(case, "y", self.step(provider, tensors, INFERENCE)().clone(), truth, eager, truth)
 
 
 def roofline_seconds(problem, what: str, base: bool, ceilings: Ceilings) -> float:
@@ -230,7 +230,8 @@ def _expected_of_batch(problem, device):
     return tensors, y(torch.float64), y(tensors.x.dtype)
 
 
-def _of_budget(case, name, actual, truth, eager, magnitude):
+def of_budget(case, name: str, actual: Tensor, truth: Tensor, eager: Tensor, magnitude: Tensor) -> float:
+    """The error of `actual` as a multiple of its budget; AssertionError for another shape."""
     if actual.shape != eager.shape:
         raise AssertionError(f"{name}: got {list(actual.shape)}, expected {list(eager.shape)}")
     measured = testing.errors(actual, truth, magnitude)

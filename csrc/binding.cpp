@@ -11,15 +11,19 @@ struct Isa {
   void (*batched)(const LoraBatch&);
   bool (*forward)(const LoraLinear&);
   bool (*backward)(const LoraLinear&);
+  void (*dequantize)(const LoraDequantize&);  // null: that of the next
 };
 
 const Isa kIsas[] = {  // the best first
 #if defined(__x86_64__)
-    {"avx512_bf16", avx512_bf16::supported, avx512_bf16::batched, avx512_bf16::forward, avx512_bf16::backward},
-    {"avx512", avx512::supported, avx512::batched, avx512::forward, avx512::backward},
-    {"avx2", avx2::supported, avx2::batched, avx2::forward, avx2::backward},
+    {"amx", amx::supported, amx::batched, amx::forward, amx::backward, nullptr},
+    {"avx512_bf16", avx512_bf16::supported, avx512_bf16::batched, avx512_bf16::forward, avx512_bf16::backward,
+     nullptr},  // its rounding flushes subnormals
+    {"avx512", avx512::supported, avx512::batched, avx512::forward, avx512::backward, avx512::dequantize},
+    {"avx2", avx2::supported, avx2::batched, avx2::forward, avx2::backward, avx2::dequantize},
 #endif
-    {"generic", [] { return true; }, generic::batched, generic::forward, generic::backward},
+    {"generic", [] { return true; }, generic::batched, generic::forward, generic::backward,
+     generic::dequantize},
 };
 constexpr int kCount = sizeof kIsas / sizeof *kIsas;
 
@@ -35,14 +39,16 @@ EXPORT const char* lora_isa_name(int32_t isa) { return isa < kCount ? kIsas[isa]
 
 EXPORT int32_t lora_isa_supported(int32_t isa) { return kIsas[isa].supported(); }
 
-// y of `batch` in place; false where there is no memory for h.
-EXPORT int32_t lora_batched(LoraBatch* batch, int32_t isa) {
-  const LoraSlice& last = batch->slices[batch->num_slices - 1];
+// y += the adapters of `call`, which stays as it is: many threads may use it. False where there is no memory for h.
+EXPORT int32_t lora_batched(const LoraBatch* call, const void* x, int64_t stride_x, void* y, int32_t threads, int32_t isa) {
+  LoraBatch batch = *call;
+  const LoraSlice& last = batch.slices[batch.num_slices - 1];
   const int64_t ranks = last.first_rank + last.max_rank;
-  batch->h = static_cast<float*>(malloc(ranks * batch->rows * batch->adapters_per_row * sizeof(float)));
-  if (!batch->h) return 0;
-  kIsas[isa].batched(*batch);
-  free(batch->h);
+  batch.h = static_cast<float*>(malloc(ranks * batch.rows * batch.adapters_per_row * sizeof(float)));
+  if (!batch.h) return 0;
+  batch.x = x, batch.stride_x = stride_x, batch.y = y, batch.threads = threads;
+  kIsas[isa].batched(batch);
+  free(batch.h);
   return 1;
 }
 
@@ -50,5 +56,11 @@ EXPORT int32_t lora_batched(LoraBatch* batch, int32_t isa) {
 EXPORT int32_t lora_forward(const LoraLinear* linear, int32_t isa) { return kIsas[isa].forward(*linear); }
 
 EXPORT int32_t lora_backward(const LoraLinear* linear, int32_t isa) { return kIsas[isa].backward(*linear); }
+
+// The dense values of `weight`.
+EXPORT void lora_dequantize(const LoraDequantize* weight, int32_t isa) {
+  while (!kIsas[isa].dequantize) ++isa;
+  kIsas[isa].dequantize(*weight);
+}
 
 }

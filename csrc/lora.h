@@ -2,10 +2,11 @@
 #pragma once
 #include <stdint.h>
 
-#define LORA_ABI 3  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_ABI 4  // raise it with any change below, so that Python refuses a library built from other sources
 #define LORA_MAX_RANK 512
 
 enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
+enum LoraFormat { LORA_NF4, LORA_INT8, LORA_FP8, LORA_INT4 };
 
 // The adapters of one slice of y's columns. Slot s has A [ranks[s], K] at a + first_row[s] K, contiguous, and B at
 // b + first_row[s] width, where element (n, r) lies n stride_bn + r stride_br further.
@@ -27,7 +28,7 @@ struct LoraBatch {
   const int32_t* order;  // the entries by ascending slot
   const float* weights;  // as slots, or null
   const LoraSlice* slices;
-  float* h;  // [sum of max_rank, rows adapters_per_row], scratch that lora_batched allocates
+  float* h;  // [sum of max_rank, rows adapters_per_row]: scratch, which lora_batched sets, as x, stride_x, y and threads
   int64_t rows, k, stride_x, stride_y, adapters_per_row, num_slots, num_slices;
   int32_t dtype, threads;
 };
@@ -48,6 +49,20 @@ struct LoraDecode {
   int64_t rows, k, stride_x, stride_y, stride_wn, stride_wk, stride_h;
   int32_t adapters_per_row, num_slots, num_slices, tiles, parts, shrinks, dtype, device, block_shift;
   LoraSlice slices[LORA_MAX_SLICES];
+};
+
+// A weight in one of lora_kernels/formats, and where its dense values go. Rows are those of [N, K]; of nf4, which is flat,
+// its blocks. A scale, and a zero point, belongs to block_rows x block_columns elements.
+struct LoraDequantize {
+  const void* codes;  // contiguous; of int4 words of eight, stride_row and stride_word apart
+  const float* scale;
+  const uint8_t* zero;         // of int4, else null
+  const uint8_t* absmax;       // of nf4 under double quantisation, else null: its scale is
+  const float* nested_code;    // [256]: nested_code[absmax[block]] * scale[block / 256] + nested_offset[0]
+  const float* nested_offset;
+  void* out;  // contiguous
+  int64_t elements, columns, block_rows, block_columns, stride_row, stride_word;
+  int32_t format, dtype, threads;
 };
 
 // One layer of a training step; matrices are row-major, with rows `stride_` elements apart, or contiguous without a stride.

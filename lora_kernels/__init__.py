@@ -4,6 +4,7 @@ from lora_kernels.adapters.attach import attach_pool
 from lora_kernels.adapters.checkpoint import load_adapter, save_adapter
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.adapters.pool import AdapterPool, PoolFullError
+from lora_kernels.blocks import LoRAMLP, LoRAQKV, Projection, lora_mlp, lora_projections
 from lora_kernels.dispatch import explain
 from lora_kernels.functional import lora_linear, lora_linear_batched
 from lora_kernels.integrations import apply_lora_kernels_to_model, patch_peft, unpatch_peft
@@ -16,7 +17,10 @@ __all__ = [
     "BatchPlan",
     "LayerAdapters",
     "LoRALinear",
+    "LoRAMLP",
+    "LoRAQKV",
     "PoolFullError",
+    "Projection",
     "apply_lora",
     "apply_lora_kernels_to_model",
     "attach_pool",
@@ -24,6 +28,8 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_batched",
+    "lora_mlp",
+    "lora_projections",
     "patch_peft",
     "save_adapter",
     "trainable_parameters",

@@ -35,7 +35,7 @@ def _parser():
     add(
         "demo",
         _forward_to("demo"),
-        "fine-tune two adapters on a real model, serve 32 (--help for options)",
+        "fine-tune two adapters on a real model, serve 32; --qlora: over a base in 4 bits (--help for options)",
         forwards=True,
     )
     add(

@@ -2,9 +2,10 @@
 
 import torch
 
-from lora_kernels.formats.scratch import dense
+from lora_kernels.backends.dequantized import dense
 
 _any_autocast = torch._C._is_any_autocast_enabled
+_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan):
@@ -12,7 +13,8 @@ def lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan)
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan)
+        apply = LoRALinearFunction.apply if _functorch_is_active() else _apply
+        return apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, plan)
     return plan.forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
 
 
@@ -40,8 +42,12 @@ class LoRALinearFunction(torch.autograd.Function):
             dx, da, db = ctx.plan.backward(dy, x, h, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
             dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
         if torch.is_grad_enabled():  # create_graph=True
-            dx, dbias, da, db = OnceDifferentiable.apply(dx, dbias, da, db, dy, x, lora_a, lora_b)
+            dx, dbias, da, db = OnceDifferentiable.apply(4, dx, dbias, da, db, dy, x, lora_a, lora_b)
         return dx, None, dbias, da, db, None, None, None, None
+
+
+# Function.apply without its search for functorch's wrappers, which takes as long as autograd's part of the call.
+_apply = super(torch.autograd.Function, LoRALinearFunction).apply
 
 
 class QuantizedLinearFunction(torch.autograd.Function):
@@ -68,15 +74,15 @@ class QuantizedLinearFunction(torch.autograd.Function):
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """Returns the first four arguments, and raises where they are differentiated again, in whatever they depend on.
+    """Returns the first `count` tensors, and raises where they are differentiated again, in whatever they depend on.
 
     PyTorch's `once_differentiable` looks at dy alone, so that a gradient penalty on a dx that depends on a trained B
     would silently be worth nothing.
     """
 
     @staticmethod
-    def forward(ctx, dx, dbias, da, db, *depends_on):
-        return dx, dbias, da, db
+    def forward(ctx, count, *grads_and_depends_on):
+        return grads_and_depends_on[:count]
 
     @staticmethod
     def backward(ctx, *grads):

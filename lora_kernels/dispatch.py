@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels import configs, roofline
-from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, ON_REQUEST, triton, triton_batched
+from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, ON_REQUEST, cpu, triton, triton_batched
 from lora_kernels.backends.dequantized import Dequantized
 from lora_kernels.configs import tuned
 from lora_kernels.formats import QuantizedWeight, named
@@ -100,9 +100,9 @@ def _dequantizing(plan: Plan, kind: type[QuantizedWeight], device) -> Plan:
 _environment, _BACKEND = os.environ._data, os.environ.encodekey("LORA_KERNELS_BACKEND")
 
 
-def settings(dtype) -> tuple:
-    """What a choice for tensors of `dtype` depends on beside the call: the backend asked for, and tf32."""
-    return _environment.get(_BACKEND), dtype is torch.float32 and triton.tf32_allowed()
+def settings(x) -> tuple:
+    """What a choice for `x` depends on beside the call: the backend asked for, and tf32."""
+    return _environment.get(_BACKEND), x.dtype is torch.float32 and not x.is_cpu and triton.tf32_allowed()
 
 
 def uses_tf32(dtype) -> bool:
@@ -134,6 +134,8 @@ def choose(problem: Problem, backend: str | None = None, strategy: str | None = 
     against = []
     for name in (backend,) if backend else (name for name in backends if name not in ON_REQUEST):
         reasons = _reasons(backends[name], strategy, problem)
+        if not (reasons or backend) and backends[name] is cpu:
+            reasons = cpu.reasons_slower(problem)
         if not reasons:
             chosen, why = (strategy, "asked for") if strategy else _best_strategy(backends[name], problem)
             for reason in against:

@@ -31,7 +31,7 @@ def lora_linear(
 
     x         `[..., K]`, fp16, bf16, fp32 or fp64; any strides
     weight    `[N, K]`, as in `nn.Linear`; same dtype as x; frozen (it must not require grad); or a `QuantizedWeight` of
-              `lora_kernels.formats`, which is dequantised to x's dtype, and not under torch.compile
+              `lora_kernels.formats`, which is dequantised to x's dtype
     lora_a    `[R, K]` with 1 ≤ R ≤ 512; same dtype as x, or fp32 (then its gradient is fp32)
     lora_b    `[N, R]`, same dtype as lora_a
     scaling   finite and ≥ 0: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA; a float, or a 0-d tensor, which is not
@@ -57,7 +57,7 @@ def lora_linear(
     call = chosen = None
     if not (traced or autocasts or backend or strategy):
         tensors = (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
-        call = (*map(_signature, tensors), bool(dropout_p), dispatch.settings(x.dtype))
+        call = (*map(_signature, tensors), bool(dropout_p), dispatch.settings(x))
         chosen = _known.get(call)
     if chosen is None:
         _check(x, weight, lora_a, lora_b, bias, backend, strategy)
@@ -74,7 +74,10 @@ def lora_linear(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if traced:
         scaling = scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=torch.float64)
-        y, _ = ops.lora_linear(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy)
+        base, quantized = ops.parts(weight)
+        y, _ = ops.lora_linear(
+            rows, base, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strategy, *quantized
+        )
     else:
         if chosen is None:
             chosen = dispatch.plan_for(rows, weight, lora_a, lora_b, dropout_p, backend, strategy)
@@ -97,7 +100,7 @@ def lora_linear_batched(
     """A linear layer in which every row has its own adapters, or none: inference for many tenants in one batch.
 
     x         `[..., K]`; its rows, in order, are those of the plan
-    weight    `[N, K]`, same dtype as x; or a `QuantizedWeight`, which is dequantised to it, and not under torch.compile
+    weight    `[N, K]`, same dtype as x; or a `QuantizedWeight`, which is dequantised to it
     adapters  one layer's: `a [slots, R_max, K]`, `b [slots, N, R_max]` (x's dtype), ranks up to 512, scalings; or several
               layers', whose weights are stacked in `weight`: those of q, k and v, or gate and up, with widths that add up
               to N and equally many slots
@@ -121,15 +124,13 @@ def lora_linear_batched(
     """
     adapters = (adapters,) if isinstance(adapters, LayerAdapters) else tuple(adapters)
     traced, autocasts = ops.must_trace(x), autograd.autocasts(x)
-    if autocasts and not traced and isinstance(weight, QuantizedWeight):
-        with torch.autocast(x.device.type, enabled=False):
-            return lora_linear_batched(x, weight, adapters, plan, bias=bias, backend=backend, strategy=strategy)
     if traced or autocasts:  # the operator keeps autocast out
         _check_batched(x, weight, adapters, plan, bias)
         _check_frozen(x, weight, adapters, bias)
+        base, quantized = ops.parts(weight)
         y = ops.lora_linear_batched(
-            x.reshape(-1, x.shape[-1]), weight, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)),
-            *plan.parts, backend, strategy,
+            x.reshape(-1, x.shape[-1]), base, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)),
+            *plan.parts, backend, strategy, *quantized,
         )  # fmt: skip
         return y.view(*x.shape[:-1], weight.shape[0])
     chosen = _checked_plan(x, weight, adapters, plan, bias, backend, strategy)
@@ -144,7 +145,12 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
     if autograd.autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    y = autograd.QuantizedLinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if ops.must_trace(x):
+        codes, quantized = ops.parts(weight)
+        y = ops.quantized_linear(rows, codes, bias, weight.shape, False, *quantized)
+    else:
+        y = autograd.QuantizedLinearFunction.apply(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -157,7 +163,7 @@ def _checked_plan(x, weight, adapters, plan, bias, backend, strategy):
     memory = adapters[0].memory if adapters and type(adapters[0]) is LayerAdapters else {}
     call = (
         _signature(x), _signature(weight), None if bias is None else _signature(bias), adapters,
-        plan.signature if type(plan) is BatchPlan else None, backend, strategy, dispatch.settings(x.dtype),
+        plan.signature if type(plan) is BatchPlan else None, backend, strategy, dispatch.settings(x),
     )  # fmt: skip
     known, chosen = memory.get("call", (None, None))
     if call != known:
@@ -295,11 +301,6 @@ def _check_tensors(tensors):
 
 
 def _check_quantized(weight, x):
-    if isinstance(x, Tensor) and ops.must_trace(x):
-        raise NotImplementedError(
-            f"weight: a quantised one ({weight.name}) has no operator yet for torch.compile, export, fake tensors, tensor "
-            "subclasses or selective checkpointing; keep the layer out of them"
-        )
     if isinstance(x, Tensor) and weight.device != x.device:
         raise ValueError(f"weight: got device {weight.device}, expected {x.device}, as x")
 

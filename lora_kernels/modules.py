@@ -86,7 +86,7 @@ class LoRALinear(nn.Module):
         """
         quantized = formats.from_linear(linear) if isinstance(linear, nn.Module) else None
         if quantized is None:
-            _check_linear("linear", linear)
+            check_linear("linear", linear)
         if quantize is not None:
             if quantized is not None:
                 raise ValueError(
@@ -215,12 +215,14 @@ def apply_lora(
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     lora_dtype: torch.dtype | None = None,
+    quantize: str | Callable[[Tensor], QuantizedWeight] | None = None,
 ) -> nn.Module:
     """Replace the targeted `nn.Linear` of `model` by `LoRALinear`, in place, and freeze everything but the adapters.
 
     target_modules  a list of names, each matching the module of that name and those ending in `.name`; a str is a
                     regular expression for the whole name; "all-linear" is every `nn.Linear` but the output head
                     (`model.get_output_embeddings()`, where there is such a method)
+    quantize        as in `LoRALinear.from_linear`: "nf4" makes it QLoRA
 
     Returns `model`. Adapters that were there before keep training. Raises, before anything is changed, ValueError if a
     name matches nothing or a layer has an adapter already, TypeError if what matches is not a plain `nn.Linear`.
@@ -230,7 +232,7 @@ def apply_lora(
     32 of 122 parameters train (26.23%)
     """
     check_adapter(r, lora_alpha, lora_dropout)
-    settings = (r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+    settings = (r, lora_alpha, lora_dropout, use_rslora, lora_dtype, quantize)
     replace_linears(
         model, {linear: LoRALinear.from_linear(linear, *settings) for linear in _find_targets(model, target_modules)}
     )
@@ -256,12 +258,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def linears_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """All `nn.Linear` (no subclass) and LoRALinear of `model` under all their names, without the adapters' own."""
+    """All linear layers of `model`, quantised ones and LoRALinear too, under all their names; not the adapters' own."""
     return {
-        name: module
-        for name, module in _modules(model).items()
-        if type(module) is nn.Linear or isinstance(module, LoRALinear)
+        name: module for name, module in _modules(model).items() if isinstance(module, LoRALinear) or is_linear(module)
     }
+
+
+def weight_of(linear: nn.Module) -> Tensor | QuantizedWeight:
+    """The weight of one of `linears_by_name`; of another library's quantised layer converted, the codes shared."""
+    return linear.weight if isinstance(linear, LoRALinear) else formats.from_linear(linear) or linear.weight
 
 
 def replace_linears(model: nn.Module, replacements: dict[nn.Linear, LoRALinear]) -> None:
@@ -310,15 +315,16 @@ def _rms(t):
     return t.square().mean().sqrt()
 
 
-def _check_linear(name, module):
-    if not _is_linear(module):
+def check_linear(name: str, module) -> None:
+    """Raise TypeError where `module` is no plain `nn.Linear` and no layer that a format can hold."""
+    if not is_linear(module):
         raise TypeError(
             f"{name}: got {type(module).__name__}, expected an nn.Linear (not a subclass), or a quantised layer in one of "
             f"{', '.join(formats.FORMATS)}"
         )
 
 
-def _is_linear(module):
+def is_linear(module) -> bool:
     # Another subclass has its own forward or weight: say, one whose owner reads the weight directly.
     return type(module) is nn.Linear or (isinstance(module, nn.Linear) and formats.from_linear(module) is not None)
 
@@ -334,7 +340,7 @@ def _find_targets(model, target_modules) -> list[nn.Linear]:
     modules = _modules(model)
     if target_modules == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        found = {name for name, module in modules.items() if module is not head and _is_linear(module)}
+        found = {name for name, module in modules.items() if module is not head and is_linear(module)}
         missing = [] if found else ["all-linear"]
     elif isinstance(target_modules, str):
         found = {name for name in modules if re.fullmatch(target_modules, name)}
@@ -351,7 +357,7 @@ def _find_targets(model, target_modules) -> list[nn.Linear]:
     for name in sorted(found):
         if isinstance(modules[name], LoRALinear):
             raise ValueError(f"target_modules: {name} has an adapter already, expected a plain nn.Linear")
-        _check_linear(f"target_modules: {name}", modules[name])
+        check_linear(f"target_modules: {name}", modules[name])
     return list(dict.fromkeys(modules[name] for name in modules if name in found))
 
 

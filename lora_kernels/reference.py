@@ -5,6 +5,9 @@ truth of the error budget; evaluated in the working dtype they are its yardstick
 LoRA: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,54 @@ def lora_linear_backward(dy, x, weight, lora_a, lora_b, scaling, keep=None, drop
     g = scaling * (dy @ lora_b)
     dx = dy @ weight + drop(g @ lora_a, keep, dropout_p)
     return dx, g.mT @ x_dropped, dy.mT @ (scaling * (x_dropped @ lora_a.mT)), dy.sum(0)
+
+
+class Layer(NamedTuple):
+    """What `lora_linear` takes beside x; without an adapter its rank is 0."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    keep: Tensor | None = None
+    dropout_p: float = 0.0
+
+
+def lora_projections(x, layers) -> list[Tensor]:
+    """`[y_i [M,N_i]]`: layers that read the same x, each with its own adapter."""
+    return [lora_linear(x, *layer) for layer in layers]
+
+
+def lora_projections_backward(dys, x, layers):
+    """`dx [M,K]`, the sum of what each layer sends back, and the layers' `[(da, db, dbias)]`."""
+    gradients = [lora_linear_backward(dy, x, *layer[:4], *layer[5:]) for dy, layer in zip(dys, layers, strict=True)]
+    return sum(dx for dx, *_ in gradients), [rest for _, *rest in gradients]
+
+
+def lora_mlp(x, gate, up, down, activation="silu") -> Tensor:
+    """`y [M,K] = down(f(gate(x)) ∘ up(x))`. SwiGLU, GeGLU: Shazeer 2020, arXiv:2002.05202, equation 6."""
+    z, u = lora_projections(x, (gate, up))
+    return lora_linear(activated(z, activation)[0] * u, *down)
+
+
+def lora_mlp_backward(dy, x, gate, up, down, activation="silu"):
+    """`dx [M,K]`, and `[(da, db, dbias)]` of gate, up and down."""
+    z, u = lora_projections(x, (gate, up))
+    f, slope = activated(z, activation)
+    dp, of_down = lora_projections_backward([dy], f * u, [down])
+    dx, of_both = lora_projections_backward([dp * u * slope, dp * f], x, (gate, up))
+    return dx, of_both + of_down
+
+
+def activated(z, activation) -> tuple[Tensor, Tensor]:
+    """f(z) and f'(z) of "silu" (z σ(z)), or "gelu_tanh": Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2."""
+    if activation == "silu":
+        gate = torch.sigmoid(z)
+        return z * gate, gate * (1.0 + z * (1.0 - gate))
+    c, cubic = math.sqrt(2.0 / math.pi), 0.044715
+    t = torch.tanh(c * (z + cubic * z**3))
+    return 0.5 * z * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * c * (1.0 + 3.0 * cubic * z * z)
 
 
 def lora_linear_batched(x, weight, a, b, ranks, scalings, slots, bias=None, weights=None) -> Tensor:

@@ -22,7 +22,7 @@ from triton import knobs
 
 from lora_kernels import configs, machine_code
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
-from lora_kernels.backends import launcher, triton_batched
+from lora_kernels.backends import launcher, triton_batched, triton_shared
 from lora_kernels.backends import triton as backend
 from lora_kernels.configs import legality, tuned
 from lora_kernels.configs.legality import SHARED_LIMIT
@@ -203,9 +203,11 @@ def _run(case, row, goal):
     )  # fmt: skip
     if backend.strategy_reasons_unsupported(strategy, problem):
         return
-    _, h = backend.forward(x, weight, bias, lora_a, lora_b, scaling, *dropout, strategy)
+    y, h = backend.forward(x, weight, bias, lora_a, lora_b, scaling, *dropout, strategy)
     for needs in ((True, True, True), (False, False, True)):
         backend.backward(dy, x, h, weight, lora_a, lora_b, scaling, *dropout, needs, strategy)
+    for activation in ("silu", "gelu_tanh"):
+        triton_shared.glu_backward(triton_shared.glu(y, y, activation), y, y, activation)
 
 
 def _run_batched(case, row, x, weight, bias):

@@ -22,6 +22,7 @@ def ask_for(monkeypatch):
         cpu_library.instruction_set.cache_clear()
         cpu_library.batched.cache_clear()
         cpu_library.linear.cache_clear()
+        cpu_library.dequantize.cache_clear()
         choose.cache_clear()
 
     def ask(name):

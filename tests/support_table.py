@@ -78,9 +78,11 @@ def _first_backend(case):
 
 
 def _measured():
-    """`{capability: link}` for the devices with a committed training benchmark."""
-    paths = sorted((ROOT / "benchmarks" / "results").glob("*/train.json"))
-    return {json.loads(path.read_text())["capability"]: f"[measured]({path.relative_to(ROOT)})" for path in paths}
+    """`{capability: links}` to the committed training benchmarks of its devices."""
+    links = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*/train.json")):
+        links.setdefault(json.loads(path.read_text())["capability"], []).append(f"[measured]({path.relative_to(ROOT)})")
+    return {capability: ", ".join(of_devices) for capability, of_devices in links.items()}
 
 
 def _strategies():

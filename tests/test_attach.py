@@ -229,7 +229,7 @@ def with_one_layer_twice(model):
     ("change", "error", "message"),
     [
         (without_down, ValueError, "has no layer down, which the pool has"),
-        (with_lora, TypeError, "up is a LoRALinear, expected a plain nn.Linear"),
+        (with_lora, TypeError, "model: up: got LoRALinear, expected an nn.Linear \\(not a subclass\\)"),
         (with_other_width, ValueError, "up is 8 -> 16, torch.float32, cpu, expected 8 -> 12, torch.float32, cpu"),
         (in_fp16, ValueError, "up is 8 -> 12, torch.float16, cpu, expected 8 -> 12, torch.float32"),
     ],

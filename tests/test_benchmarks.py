@@ -13,7 +13,7 @@ from benchmarks import __main__ as command_line
 from benchmarks import ceilings, plots, providers, readme, report, runner, timing, trace
 from benchmarks.problems import BACKWARD, BOTH, FORWARD, INFERENCE, Batched, Linear, roofline_seconds
 from benchmarks.providers import BASE, Provider, eager
-from benchmarks.suites import host, layer, memory, merge, prefill
+from benchmarks.suites import host, layer, memory, merge, prefill, qlora
 from lora_kernels import dispatch, testing
 from lora_kernels.roofline import Ceilings
 
@@ -27,6 +27,14 @@ TOYS = {
     "host": tuple(replace(problem, sets=1) for problem in host.problems("float32")),
     "memory": (memory.Saving(32, 64, 128, 8),),
     "layer": (layer.Block(32, 192, 128, 128, 8),),
+    "qlora": tuple(
+        kind
+        for name in ("nf4", "int8")
+        for kind in (
+            qlora.QuantizedLinear(32, 64, 128, 8, format=name),
+            qlora.QuantizedBatched(8, 64, 128, 4, format=name),
+        )
+    ),
     "cpu": (Batched(8, 64, 128, 1, (8,), "float32"), replace(SMALL, sets=2)),
 }
 

@@ -10,7 +10,8 @@ import torch
 from compiled import every_set, needs_library, on_threads
 
 from lora_kernels import lora_linear, reference, testing
-from lora_kernels.backends import cpu
+from lora_kernels.backends import cpu, eager
+from lora_kernels.configs import cpu as configs_cpu
 from lora_kernels.dispatch import Problem, choose
 from lora_kernels.testing import Case
 
@@ -117,6 +118,27 @@ def test_it_is_the_default_without_a_gpu(monkeypatch):
     fallback = choose(problem._replace(dtype=torch.float64))
     assert fallback.backend.__name__.endswith("eager") and "cpu: torch.float64 is none of" in fallback.why
     choose.cache_clear()
+
+
+def test_what_pytorch_was_measured_to_do_faster_is_left_to_it(ask_for, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(configs_cpu, "EAGER_FROM_RANK", {"generic": 32})
+    ask_for("generic")
+    bf16 = torch.bfloat16
+    problem = Problem(512, 64, 64, 32, bf16, bf16, False, "cpu", 0, 3, False)
+    plan = choose(problem)
+    assert (
+        plan.backend is eager and "cpu: with generic and without dropout PyTorch was faster from rank 32 on" in plan.why
+    )
+    assert choose(problem, "cpu").backend is cpu
+    for other in (
+        dict(r=31),
+        dict(m=511),
+        dict(dropout=True),
+        dict(lora_dtype=torch.float32),
+        dict(dtype=torch.float16),
+    ):
+        assert choose(problem._replace(**other)).backend is cpu, other
 
 
 def test_memory_that_is_not_there_is_an_error(monkeypatch):

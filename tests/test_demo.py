@@ -33,15 +33,20 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
-def tiny_llama(out):
+def tiny_llama(out, hidden=32, intermediate=48):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).bfloat16(), Bytes()
+
+
+def wider_llama(out):
+    """Whole blocks of nf4 in every row, which bitsandbytes' CPU kernels want."""
+    return tiny_llama(out, 64, 128)
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +74,24 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert {len(each) for each in samples["by_distinct_adapters"]["ours"].values()} == {TRAFFIC.repeats}
     for name in ("docs", "code"):
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_qlora_end_to_end(tmp_path, capsys):
+    status = demo.main(["--qlora", "--out", str(tmp_path)], wider_llama, RECIPE)
+    assert status == 0, capsys.readouterr().out
+    summary = (tmp_path / "summary.md").read_text()
+    for text in (
+        "nf4 is dequantised",
+        "held out, before",
+        "ours, nf4",
+        "PEFT's adapter_names, nf4",
+        "Every check holds.",
+    ):
+        assert text in summary
+    assert summary.count("✓") == 5 and "✗" not in summary
+    for name in ("loss.png", "serving.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def scale_wrongly(monkeypatch):

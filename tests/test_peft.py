@@ -16,7 +16,7 @@ from conftest import DEVICE
 from features import FUSED, feature
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
-from peft_judge.cases import AT_16_BITS, K, Net, assert_same, config, peft_model, step
+from peft_judge.cases import AT_16_BITS, CLOSE, K, Net, assert_same, config, peft_model, step
 
 import lora_kernels
 from lora_kernels.integrations.peft import FusedLinear
@@ -56,6 +56,25 @@ def test_trained_bias(x):
     lora_kernels.apply_lora_kernels_to_model(model)
     assert "base_model.model.up.base_layer.bias" in step(model, x)[1]
     assert_same(model, x)
+
+
+@feature("`lora_bias`, of several adapters too", FUSED)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_lora_bias(x, base):
+    model = peft_model(config(["up", "down"], lora_bias=True, fan_in_fan_out=True), Net().to(base))
+    model.add_adapter("other", config(["up"], lora_bias=True, lora_dropout=0.3))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model.base_model.model.up.base_layer.bias = None
+    lora_kernels.apply_lora_kernels_to_model(model)
+    for active in ("default", "other", ["default", "other"]):
+        model.base_model.set_adapter(active)
+        model.train(active == "other")
+        if active == "other":  # other random numbers than PEFT's
+            step(model, x.to(base))
+        else:
+            assert_same(model, x.to(base), CLOSE if base == torch.float32 else AT_16_BITS)
 
 
 @feature("dropout in training (other random numbers than PEFT's)", FUSED)

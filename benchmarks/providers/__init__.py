@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 
 MODULES = (
-    "base", "eager", "compiled", "peft", "addmm", "cublas", "gathered", "dense", "ours",
+    "base", "eager", "compiled", "peft", "addmm", "cublas", "gathered", "dense", "bitsandbytes", "ours",
     "vllm", "sglang", "nemo", "axolotl", "unsloth",
 )  # fmt: skip
 BASE, OURS = "base only", "ours"
@@ -27,6 +27,9 @@ class Provider:
     linear   -> `f(x [M,K]) -> y [M,N]`, differentiable, and the parameters that it trains, A and B
     batched  -> `f(x [M,K]) -> y [M,N]`, every row with its own adapter; inference only
     merge    -> `f() -> weight + scaling B A`
+    block    takes the problems and tensors of q, k, v, o, gate, up and down -> functions of x for `(q, k, v)`, o and the MLP,
+             and the parameters that they train; where it is None a block is made of `linear`
+    quantized, quantized_batched -> as linear and batched, over the `quantized` weight of the tensors
 
     With a backend and a strategy of ours the gate is the whole of `testing.check` as well.
     """
@@ -35,6 +38,9 @@ class Provider:
     linear: Callable | None = None
     batched: Callable | None = None
     merge: Callable | None = None
+    block: Callable | None = None
+    quantized: Callable | None = None
+    quantized_batched: Callable | None = None
     backend: str | None = None
     strategy: str | None = None
 

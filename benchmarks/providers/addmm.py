@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from benchmarks.providers import Provider
 
 
-class _Addmm(torch.autograd.Function):
+class Addmm(torch.autograd.Function):
+    """`dense()` is the weight, asked for in each pass."""
+
     @staticmethod
-    def forward(ctx, x, weight, lora_a, lora_b, scaling):
+    def forward(ctx, x, dense, lora_a, lora_b, scaling):
         ctx.save_for_backward(x, lora_a, lora_b)
-        ctx.weight, ctx.scaling = weight, scaling
-        return F.linear(x, weight).addmm_(x @ lora_a.mT, lora_b.mT, alpha=scaling)
+        ctx.dense, ctx.scaling = dense, scaling
+        return F.linear(x, dense()).addmm_(x @ lora_a.mT, lora_b.mT, alpha=scaling)
 
     @staticmethod
     def backward(ctx, dy):
@@ -19,7 +21,7 @@ class _Addmm(torch.autograd.Function):
         g = dy @ lora_b
         da = (g.mT @ x).mul_(ctx.scaling)
         db = (dy.mT @ (x @ lora_a.mT)).mul_(ctx.scaling)
-        return (dy @ ctx.weight).addmm_(g, lora_a, alpha=ctx.scaling), None, da, db, None
+        return (dy @ ctx.dense()).addmm_(g, lora_a, alpha=ctx.scaling), None, da, db, None
 
 
 def providers(device: torch.device) -> list[Provider]:
@@ -30,4 +32,4 @@ def _linear(problem, tensors):
     if problem.dropout:
         raise NotImplementedError("has no dropout: Unsloth takes another path there, Axolotl a dropout module before")
     lora = (tensors.lora_a, tensors.lora_b)
-    return lambda x: _Addmm.apply(x, tensors.weight, *lora, problem.scaling), lora
+    return lambda x: Addmm.apply(x, lambda: tensors.weight, *lora, problem.scaling), lora

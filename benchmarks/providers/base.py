@@ -7,7 +7,13 @@ from benchmarks.providers import BASE, Provider
 
 
 def providers(device: torch.device) -> list[Provider]:
-    return [Provider(BASE, lambda _, t: (_layer(t), ()), lambda _, t: _layer(t), lambda _, t: t.weight.clone)]
+    def trained(_, t):
+        return _layer(t), ()
+
+    def batched(_, t):
+        return _layer(t)
+
+    return [Provider(BASE, trained, batched, lambda _, t: t.weight.clone, trained, batched)]
 
 
 def _layer(tensors):

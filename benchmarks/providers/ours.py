@@ -6,7 +6,17 @@ import torch
 from torch import nn
 
 from benchmarks.providers import OURS, Provider
-from lora_kernels import BatchPlan, LayerAdapters, LoRALinear, lora_linear, lora_linear_batched, ops
+from lora_kernels import (
+    BatchPlan,
+    LayerAdapters,
+    LoRALinear,
+    Projection,
+    lora_linear,
+    lora_linear_batched,
+    lora_mlp,
+    lora_projections,
+    ops,
+)
 from lora_kernels.backends import BACKENDS, BATCHED_BACKENDS, triton
 from lora_kernels.dispatch import Problem
 
@@ -20,6 +30,7 @@ def providers(device: torch.device) -> list[Provider]:
         for backend, strategy in strategies(backends, device, distinct):
             named = operations.setdefault((backend, strategy), {})
             named[operation] = partial(call, backend=backend, strategy=strategy)
+            named["quantized" if call is linear else "quantized_batched"] = partial(_over_quantized, named[operation])
     found = [
         Provider(f"{OURS}: {backend} / {strategy}", **named, backend=backend, strategy=strategy)
         for (backend, strategy), named in operations.items()
@@ -47,6 +58,10 @@ def linear(problem, tensors, backend, strategy):
     call = partial(lora_linear, dropout_p=problem.dropout, backend=backend, strategy=strategy)
     lora = (tensors.lora_a, tensors.lora_b)
     return lambda x: call(x, tensors.weight, *lora, problem.scaling), lora
+
+
+def _over_quantized(call, problem, tensors):
+    return call(problem, tensors._replace(weight=tensors.quantized))
 
 
 def _operator(problem, tensors):
@@ -91,4 +106,18 @@ def _merge(problem, tensors):
     return step
 
 
+def _block(problems, tensors):
+    q, k, v, o, gate, up, down = (
+        Projection(t.weight, t.lora_a, t.lora_b, problem.scaling) for problem, t in zip(problems, tensors, strict=True)
+    )
+    parameters = [p for t in tensors for p in (t.lora_a, t.lora_b)]
+    return (
+        lambda x: lora_projections(x, (q, k, v)),
+        lambda x: lora_linear(x, *o[:4]),
+        partial(lora_mlp, gate=gate, up=up, down=down),
+        parameters,
+    )
+
+
+BLOCKS = Provider(f"{OURS}: blocks", partial(linear, backend=None, strategy=None), block=_block)
 OPERATOR = Provider(f"{OURS}: registered operator", _operator)  # what torch.compile calls

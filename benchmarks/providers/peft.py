@@ -12,18 +12,25 @@ def providers(device: torch.device) -> list[Provider]:
     return [
         Provider("PEFT", _linear, merge=_merge),
         Provider("PEFT, adapters as base", _linear_as_base),
-        Provider("PEFT adapter_names", batched=_adapter_names),
+        Provider("PEFT adapter_names", batched=adapter_names),
         Provider("PEFT, one adapter", batched=_one_adapter),
     ]
 
 
-def _layer(weight, adapters, scaling, dropout=0.0):
-    """One `lora.Linear` with `{name: (a, b)}`, which it shares."""
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
+def dense(weight):
     base = nn.Linear(*weight.mT.shape, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)
+    return base
+
+
+def adapted(base, adapters, scaling, dropout=0.0):
+    """PEFT's layer over `base`, with `{name: (a, b)}`, which it shares."""
+    from peft import LoraConfig
+
+    if type(base) is nn.Linear:
+        from peft.tuners.lora import Linear
+    else:
+        from peft.tuners.lora.bnb import Linear4bit as Linear
     first, *others = adapters
     ranks = {name: len(a) for name, (a, _) in adapters.items()}
     config = LoraConfig(r=ranks[first], lora_alpha=1, lora_dropout=dropout)
@@ -37,7 +44,7 @@ def _layer(weight, adapters, scaling, dropout=0.0):
 
 def _linear(problem, tensors, dtype=torch.float32):
     lora = (tensors.lora_a.detach().to(dtype), tensors.lora_b.detach().to(dtype))
-    layer = _layer(tensors.weight, {"default": lora}, problem.scaling, problem.dropout)
+    layer = adapted(dense(tensors.weight), {"default": lora}, problem.scaling, problem.dropout)
     return layer, (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
 
 
@@ -48,9 +55,8 @@ def _linear_as_base(problem, tensors):
 
 
 def _merge(problem, tensors):
-    layer = _layer(
-        tensors.weight.clone(), {"default": (tensors.lora_a.detach(), tensors.lora_b.detach())}, problem.scaling
-    )
+    lora = (tensors.lora_a.detach(), tensors.lora_b.detach())
+    layer = adapted(dense(tensors.weight.clone()), {"default": lora}, problem.scaling)
 
     def step():
         layer.merge()
@@ -60,17 +66,17 @@ def _merge(problem, tensors):
     return step
 
 
-def _batched_layer(tensors):
+def _batched_layer(tensors, base=None):
     adapters = {
         f"adapter_{slot}": (tensors.a[slot, :rank], tensors.b[slot, :, :rank].contiguous())
         for slot, rank in enumerate(tensors.ranks.tolist())
     }
-    layer = _layer(tensors.weight, adapters, float(tensors.scalings[0])).eval()
+    layer = adapted(base or dense(tensors.weight), adapters, float(tensors.scalings[0])).eval()
     return layer, list(adapters)
 
 
-def _adapter_names(problem, tensors):
-    layer, names = _batched_layer(tensors)
+def adapter_names(problem, tensors, base=None):
+    layer, names = _batched_layer(tensors, base)
     layer.set_adapter(names)
     of_rows = [names[slot] for slot in tensors.slots.tolist()]
     return lambda x: layer(x, adapter_names=of_rows)

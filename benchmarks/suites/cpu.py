@@ -10,6 +10,7 @@ CPU = (
     Batched(32, 2048, 2048, 32, sets=24),
     Batched(32, 4096, 4096, 32),
     Batched(32, 4096, 4096, 32, dtype="float32"),
+    *(Linear(512, 2048, 2048, r) for r in (32, 64, 128)),
     Linear(512, 2048, 2048, 16, "float32"),
     Linear(512, 2048, 2048, 16, dropout=0.05),
     Linear(512, 2048, 2048, 16, "float32", dropout=0.05),

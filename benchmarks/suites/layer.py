@@ -1,13 +1,16 @@
 """A Llama-style block, forward and backward, with an adapter on each of its seven linear layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.problems import BOTH, FORWARD, Linear, LinearTensors
+from benchmarks.providers import Provider, ours
 from benchmarks.runner import Suite
+from lora_kernels import testing
 
 HEAD = 128
 
@@ -62,8 +65,7 @@ class Block:
 
     def step(self, provider, tensors: BlockTensors, what: str):
         """The function that is timed."""
-        built = [provider.linear(*both) for both in zip(self.linears, tensors.linears, strict=True)]
-        layers, parameters = [layer for layer, _ in built], [p for _, own in built for p in own]
+        *layers, parameters = (provider.block or partial(_of_linears, provider))(self.linears, tensors.linears)
         angles = torch.outer(torch.arange(self.m), 1e4 ** (-torch.arange(0, HEAD, 2) / HEAD)).to(tensors.x.device)
         rotation = angles.cos().to(tensors.x.dtype), angles.sin().to(tensors.x.dtype)
         if what == FORWARD:
@@ -71,20 +73,50 @@ class Block:
         return lambda: torch.autograd.grad(_block(tensors.x, layers, rotation), (tensors.x, *parameters), tensors.dy)
 
     def judge(self, provider, device: torch.device) -> float:
-        """The worst of its linear layers."""
-        return max(linear.judge(provider, device) for linear in dict.fromkeys(self.linears))
+        """The worst of its linear layers; with blocks of its own, of y, dx and all other gradients of a smaller one."""
+        if provider.block is None:
+            return max(linear.judge(provider, device) for linear in dict.fromkeys(self.linears))
+        small = replace(self, m=64, n=384, k=256, kv=HEAD)
+        tensors = small.tensors(device)
+        double = BlockTensors(*(_to_double(t) for t in tensors[:3]), tuple(map(_to_double, tensors.linears)))
+        runs = (provider, tensors), (Provider("", _eager), tensors), (Provider("", _eager), double)
+        results = [(small.step(*each, FORWARD)().detach(), *small.step(*each, BOTH)()) for each in runs]
+        floor = 4 * torch.finfo(tensors.x.dtype).eps + 64 * torch.finfo(torch.float32).eps
+        worst = 0.0
+        for actual, eager, truth in zip(*results, strict=True):
+            error, yardstick = (testing.errors(t, truth, torch.zeros_like(truth))["rms"][0] for t in (actual, eager))
+            worst = max(worst, error / testing.Budget(yardstick, 2.0, floor).limit)
+        return worst
+
+
+def _to_double(t):
+    if isinstance(t, torch.Tensor):
+        return t.detach().double().requires_grad_(t.requires_grad)
+    return t._replace(**{name: _to_double(value) for name, value in t._asdict().items() if value is not None})
+
+
+def _eager(problem, tensors):
+    lora = (tensors.lora_a, tensors.lora_b)
+    return lambda x: x @ tensors.weight.mT + problem.scaling * ((x @ lora[0].mT) @ lora[1].mT), lora
+
+
+def _of_linears(provider, linears, tensors):
+    """The parts of a block from its linear layers, one by one."""
+    built = [provider.linear(*both) for both in zip(linears, tensors, strict=True)]
+    *qkv, o, gate, up, down = (layer for layer, _ in built)
+    parameters = [p for _, own in built for p in own]
+    return lambda x: [layer(x) for layer in qkv], o, lambda x: down(F.silu(gate(x)) * up(x)), parameters
 
 
 def _block(x, layers, rotation):
-    q_proj, k_proj, v_proj, o_proj, gate, up, down = layers
+    qkv_proj, o_proj, mlp = layers
     h = F.rms_norm(x, x.shape[-1:])
-    q, k, v = (layer(h).view(len(x), -1, HEAD).transpose(0, 1)[None] for layer in (q_proj, k_proj, v_proj))
+    q, k, v = (projected.view(len(x), -1, HEAD).transpose(0, 1)[None] for projected in qkv_proj(h))
     attended = F.scaled_dot_product_attention(
         _rotate(q, *rotation), _rotate(k, *rotation), v, is_causal=True, enable_gqa=True
     )
     x = x + o_proj(attended[0].transpose(0, 1).reshape(len(x), -1))
-    h = F.rms_norm(x, x.shape[-1:])
-    return x + down(F.silu(gate(h)) * up(h))
+    return x + mlp(F.rms_norm(x, x.shape[-1:]))
 
 
 def _rotate(t, cos, sin):
@@ -109,5 +141,6 @@ SUITE = Suite(
     "A Llama-style block",
     {"cuda": GPU, "cpu": CPU},
     quick={"cuda": 1, "cpu": 1},
+    more=(ours.BLOCKS,),
     without=("torch.compile",),  # its users compile the whole block, not one projection after another
 )

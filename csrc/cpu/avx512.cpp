@@ -3,3 +3,4 @@
 #include "dot.h"
 #include "batched.h"
 #include "linear.h"
+#include "dequantize.h"

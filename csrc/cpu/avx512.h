@@ -21,6 +21,19 @@ inline Vec widened(__m256i v, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi
 inline Vec widened(__m256i v, fp16) { return _mm512_cvtph_ps(v); }
 
 inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline __m128i bytes(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+inline Vec load(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes(from))); }
+inline Vec load(const e4m3* from) {  // as in scalar.h
+  const __m256i v = _mm256_cvtepu8_epi16(bytes(from)), rest = _mm256_and_si256(v, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(v, 7), 15);
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x4000));
+  return widened(_mm256_or_si256(_mm256_or_si256(sign, nan), _mm256_slli_epi16(rest, 7)), fp16()) * broadcast(256);
+}
+// The values in a table of 16 that nibbles stand for, the high one of a byte first.
+inline Vec lookup(const uint8_t* from, const float* table) {
+  const __m512i v = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(v, 4), _mm512_slli_epi64(v, 32)), load(table));
+}
 inline Vec load_part(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first(count), from); }
 template <class T>
 inline Vec load(const T* from) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T()); }
@@ -28,6 +41,12 @@ template <class T>
 inline Vec load_part(const T* from, int64_t count) {
   return widened(_mm256_maskz_loadu_epi16(first(count), from), T());
 }
+
+// Of 64-bit words: the products of their low halves; a0 b0 a2 b2 ..; a1 b1 a3 b3 ..
+typedef uint64_t Wide __attribute__((vector_size(64)));
+inline Wide low_product(Wide a, uint32_t b) { return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }
+inline Wide evens(Wide a, Wide b) { return (Wide)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b); }
+inline Wide odds(Wide a, Wide b) { return (Wide)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b); }
 
 inline __m256i narrowed(Vec v, bf16) {
 #ifdef __AVX512BF16__

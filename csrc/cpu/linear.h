@@ -16,7 +16,8 @@ constexpr int64_t kStagger = 16;           // floats: rows a power of two apart 
 template <class T>
 constexpr int64_t kElements = kDepth * kPerUnit<T>;
 
-static_assert(kPanel % 8 == 0, "the mask is drawn for eight columns at a time");
+static_assert(kDepth % (8 * kCounters) == 0 && kSweep % (8 * kCounters) == 0 && kPanel % 8 == 0,
+              "the mask is drawn in whole vectors, from any panel");
 
 struct Share { int64_t begin, end; };
 
@@ -106,8 +107,8 @@ inline int64_t panel_floats(const LoraLinear& p, int64_t columns) { return units
 // Calls visit(row, terms) for the rows of left right, which has up to kSweep columns; a few rows at a time stay in L1.
 template <class T, class Visit>
 inline void expand(const float* left, int64_t units, int64_t rows, const float* right, int64_t columns, Visit visit) {
-  alignas(64) float terms[kTileRows * kSweep];
-  each_block({0, rows}, kTileRows, [&](int64_t row, int64_t count) {
+  alignas(64) float terms[kRoom * kSweep];
+  each_block({0, rows}, kRoom, [&](int64_t row, int64_t count) {
     product<T>(left + row * units, units, count, right, columns, units, true, terms, kSweep);
     for (int64_t m = 0; m < count; ++m) visit(row + m, terms + m * kSweep);
   });
@@ -144,6 +145,7 @@ inline bool forward_of(const LoraLinear& p) {
   if (!a || !b) return false;
 #pragma omp parallel num_threads(p.threads)
   {
+    [[maybe_unused]] const Multiplying<T> multiplying;
     pack_blocks<T>(p, p.k, a, [&](int64_t at, int64_t count, float* to) {
       pack_right_of_transposed(static_cast<const T*>(p.a) + at, p.stride_a, count, p.r, to);
     });
@@ -151,7 +153,7 @@ inline bool forward_of(const LoraLinear& p) {
       pack_right_of_transposed(static_cast<const T*>(p.b) + at * p.stride_b, p.stride_b, p.r, count, to);
     });
 #pragma omp barrier
-    each_block(share(p.m, kTileRows), kRows, [&](int64_t row, int64_t rows) { forward_rows<T>(p, row, rows, a, b); });
+    each_block(share(p.m, kRoom), kRows, [&](int64_t row, int64_t rows) { forward_rows<T>(p, row, rows, a, b); });
   }
   return true;
 }
@@ -166,8 +168,8 @@ struct Backward {
 
   explicit Backward(const LoraLinear& p)
       : stride(ceiling(units_of<T>(p.m), kStagger) * kStagger + kStagger),
-        a(panel_floats<T>(p, p.k)), b(block_floats<T>(p, p.n)), g(p.m * units_of<T>(p.r)),
-        g_columns(p.r * stride), h_columns(p.r * stride) {}
+        a(panel_floats<T>(p, p.k)), b(block_floats<T>(p, p.n)), g(with_room(p.m) * units_of<T>(p.r)),
+        g_columns(with_room(p.r) * stride), h_columns(with_room(p.r) * stride) {}
   bool allocated() const { return a && b && g && g_columns && h_columns; }
 };
 
@@ -260,6 +262,7 @@ inline bool backward_of(const LoraLinear& p) {
   if (!s.allocated()) return false;
 #pragma omp parallel num_threads(p.threads)
   {
+    [[maybe_unused]] const Multiplying<T> multiplying;
     if (p.dx) {
       pack_panels<T>(p, p.k, s.a, [&](int64_t at, int64_t count, float* to) {
         pack_right(static_cast<const T*>(p.a) + at, p.stride_a, p.r, count, to);
@@ -271,7 +274,7 @@ inline bool backward_of(const LoraLinear& p) {
       });
     }
 #pragma omp barrier
-    each_block(share(p.m, kTileRows), kRows, [&](int64_t row, int64_t rows) { backward_rows(p, s, row, rows); });
+    each_block(share(p.m, kRoom), kRows, [&](int64_t row, int64_t rows) { backward_rows(p, s, row, rows); });
 #pragma omp barrier
     if (p.dx || p.da) {
       each_block(share(p.k, kPanel), kSweep, [&](int64_t at, int64_t count) { sweep_x(p, s, at, count); });

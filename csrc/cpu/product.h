@@ -4,14 +4,18 @@
 // adds up pairs. A packed left operand has one row of units after another. A packed right one is panels of kPanel columns,
 // the last narrower: a panel is [units][columns, rounded up to whole vectors], and zero where the matrix ends.
 // Every element is summed in ascending order of depth, whatever the shape of the tile that it is in.
+#pragma once
+
 namespace {
 
+constexpr int kRoom = 16;  // rows: of a left operand, and of a result, there is memory for a multiple
 constexpr int kPanel = kTileVectors * kLanes;
 template <class T>
 constexpr int kPerUnit = Dot<T>::kStep / kLanes;
 
 template <class T>
 inline int64_t units_of(int64_t depth) { return ceiling(depth, kPerUnit<T>); }
+inline int64_t with_room(int64_t rows) { return ceiling(rows, kRoom) * kRoom; }
 inline int64_t whole_vectors(int64_t columns) { return ceiling(columns, kLanes) * kLanes; }
 
 // The unit of elements that lie `stride` apart, of which `left` are left.
@@ -131,6 +135,10 @@ inline void product_panel(const float* left, int64_t left_stride, int64_t rows, 
     if (rows) product_panel<ROWS / 2, VECTORS, T>(left, left_stride, rows, right, units, first, out, out_stride);
   }
 }
+
+// A thread has one as long as it multiplies: AMX tidies up behind it.
+template <class T>
+struct Multiplying {};
 
 template <class T>
 inline void product(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t columns,

@@ -8,6 +8,12 @@ namespace {
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+struct e4m3 { uint8_t bits; };
+
+alignas(64) const float kNF4[16] = {  // lora_kernels/formats/nf4.py
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -28,6 +34,11 @@ inline float widen(fp16 value) {
   if (rest >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | rest << 13);  // Inf and NaN
   const float scaled = bit_cast<float>(rest << 13) * 0x1p112f;                 // subnormal ones too
   return bit_cast<float>(sign | bit_cast<uint32_t>(scaled));
+}
+
+inline float widen(e4m3 value) {  // as fp16 its exponent is 8 less; the one NaN there is must become one
+  const uint32_t rest = value.bits & 0x7f;
+  return widen(fp16{uint16_t((value.bits & 0x80) << 8 | rest << 7 | (rest == 0x7f ? 0x4000 : 0))}) * 256;
 }
 
 inline void narrow(float value, float& to) { to = value; }

@@ -8,18 +8,23 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.adapters.pool import AdapterPool
+from lora_kernels.formats import QuantizedWeight
 from lora_kernels.functional import lora_linear_batched
+from lora_kernels.modules import check_linear, weight_of
 
 
 def attach_pool(model: nn.Module, pool: AdapterPool) -> "Serving":
-    """Let each `nn.Linear` of `model` that `pool` has a layer for add the adapters of the batch that is active.
+    """Let each linear layer of `model` that `pool` has a layer for add the adapters of the batch that is active.
+
+    That is an `nn.Linear`, or one that bitsandbytes, torchao or transformers has quantised and a format can hold
+    (docs/formats.md): its weight is converted here, once, and shares the codes. In a batch it is computed in x's dtype.
 
     Nothing changes outside of a batch, nor do the state dict, the parameters and the modules themselves: their
     `forward` alone is another one, until `detach()`. Inference only, one batch at a time.
 
     Raises ValueError if the model lacks a layer of the pool, holds it under two names, has a pool attached already, or
-    differs from the pool in shape, dtype or device; TypeError if a layer is not a plain `nn.Linear`. Nothing is attached
-    then.
+    differs from the pool in shape, dtype (where it is dense) or device; TypeError if a layer is neither. Nothing is
+    attached then.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
@@ -49,7 +54,9 @@ class Serving:
         self._batch: BatchPlan | None = None  # of one row a sequence
         self._plans: dict[int, BatchPlan] = {}  # of the active batch, by the number of rows
         for name, linear in self._linears.items():
-            linear.forward = functools.partial(self._forward, linear, pool.layer(name))
+            weight = weight_of(linear)
+            quantized = weight if isinstance(weight, QuantizedWeight) else None  # a dense one may be exchanged
+            linear.forward = functools.partial(self._forward, linear, quantized, pool.layer(name))
 
     @contextlib.contextmanager
     def batch(self, slots: Tensor, weights: Tensor | None = None) -> Iterator[None]:
@@ -94,11 +101,14 @@ class Serving:
         # A copy's layers would go on computing with this model's weights.
         raise TypeError("cannot copy or pickle a model with a pool attached; call detach() first")
 
-    def _forward(self, linear: nn.Linear, adapters: LayerAdapters, x: Tensor) -> Tensor:
+    def _forward(
+        self, linear: nn.Linear, quantized: QuantizedWeight | None, adapters: LayerAdapters, x: Tensor
+    ) -> Tensor:
         if self._batch is None:
-            return nn.Linear.forward(linear, x)
+            return type(linear).forward(linear, x)
         plan = self._plan(x.shape[:-1].numel())
-        return lora_linear_batched(x, linear.weight, adapters, plan, bias=linear.bias)
+        weight = linear.weight if quantized is None else quantized
+        return lora_linear_batched(x, weight, adapters, plan, bias=linear.bias)
 
     def _plan(self, rows: int) -> BatchPlan:
         if rows not in self._plans:
@@ -122,19 +132,19 @@ def _linears_of(model, pool) -> dict[str, nn.Linear]:
             raise ValueError(
                 f"model: has no layer {name}, which the pool has; make the pool with AdapterPool.for_model(model, ...)"
             )
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"model: {name} is a {type(linear).__name__}, expected a plain nn.Linear")
+        check_linear(f"model: {name}", linear)
         if "forward" in vars(linear):
             raise ValueError(
                 f"model: {name} has another forward than nn.Linear's; if a pool is attached, call its detach() first"
             )
         if linear in linears.values():
             raise ValueError(f"model: {name} is the same layer as another of the pool's; leave one of the names out")
-        weight = linear.weight
+        weight = weight_of(linear)
+        dtype = pool.dtype if isinstance(weight, QuantizedWeight) else weight.dtype  # that of x is another matter
         got, expected = (
             f"{k} -> {n}, {dtype}, {device}"
             for (k, n), dtype, device in (
-                ((linear.in_features, linear.out_features), weight.dtype, weight.device),
+                ((linear.in_features, linear.out_features), dtype, weight.device),
                 (shape, pool.dtype, pool.device),
             )
         )

@@ -15,7 +15,7 @@ from lora_kernels.adapters.packed import PackedAdapter, listed, pack
 from lora_kernels.adapters.placement import Gaps, find_place
 from lora_kernels.adapters.plan import LayerAdapters
 from lora_kernels.functional import DTYPES, MAX_RANK
-from lora_kernels.modules import linears_by_name, name_matches
+from lora_kernels.modules import linears_by_name, name_matches, weight_of
 
 
 class PoolFullError(RuntimeError):
@@ -143,10 +143,12 @@ class AdapterPool:
         max_rank: int,
         target_modules: Iterable[str] | None = None,
         rows: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "AdapterPool":
-        """A pool for the `nn.Linear` and `LoRALinear` of `model`, in their dtype and on their device.
+        """A pool for the linear layers of `model`, quantised ones too, in their dtype and on their device.
 
         target_modules  names, each matching the layer of that name and those ending in `.name`; None is every layer
+        dtype           of the layers' inputs; None is the layers' dtype, of quantised ones that of the weight before
 
         A layer under two names counts under its first, as in adapter files.
         Raises ValueError if they match nothing, or layers of several dtypes or devices.
@@ -160,7 +162,7 @@ class AdapterPool:
         }
         if not linears:
             raise ValueError(f"target_modules: {targets} match no nn.Linear of the model")
-        kinds = {(linear.weight.dtype, linear.weight.device) for linear in linears.values()}
+        kinds = {(dtype or weight.dtype, weight.device) for weight in map(weight_of, linears.values())}
         if len(kinds) > 1:
             raise ValueError(f"model: its layers have {sorted(map(str, kinds))}, expected one; make a pool for each")
         shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}

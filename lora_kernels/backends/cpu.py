@@ -7,12 +7,24 @@ import torch
 
 from lora_kernels.backends import cpu_library
 from lora_kernels.backends.cpu_library import DTYPES, Linear, linear
-from lora_kernels.backends.operands import row_major, with_clean_rows
+from lora_kernels.backends.operands import cast, row_major, with_clean_rows
+from lora_kernels.configs import cpu as measured
 from lora_kernels.reference import keep_threshold
 
 STRATEGIES = ("chained",)
 reasons_unsupported = cpu_library.reasons_unsupported
 strategy_reasons_unsupported = cpu_library.strategy_reasons_unsupported
+
+
+def reasons_slower(problem) -> list[str]:
+    """Why `problem` is better left to PyTorch, where that was measured; empty where it was not."""
+    isa = cpu_library.instruction_set()
+    rank = measured.EAGER_FROM_RANK.get(isa, problem.r + 1)
+    if problem.dropout or problem.r < rank or problem.m < measured.ROWS:
+        return []
+    if not problem.dtype == problem.lora_dtype == torch.bfloat16:
+        return []
+    return [f"with {isa} and without dropout PyTorch was faster from rank {rank} on"]
 
 
 def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy):
@@ -24,7 +36,7 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
     x, a, b = row_major(x), _operand(lora_a, x), _operand(lora_b, x)
     bias = None if bias is None else bias.contiguous()
     run, _, isa = linear()
-    call = _call(x, a, b, h, scaling, dropout_p, seed, bias=_pointer(bias), y=y.data_ptr(), stride_x=x.stride(0))
+    call = _call(x, a, b, h, scaling, dropout_p, seed, bias, y)
     _check(run(call, isa), call)
     return y.addmm_(with_clean_rows(x), weight.mT), h
 
@@ -35,18 +47,13 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
     m, k = dy.shape[0], weight.shape[1]
     dx = dy.new_empty(m, k) if needs_x else None
     make = torch.empty_like if m else torch.zeros_like
-    da, db = (
-        make(like, memory_format=torch.contiguous_format) if need else None
-        for like, need in ((lora_a, needs_a), (lora_b, needs_b))
-    )
+    da = make(lora_a, memory_format=torch.contiguous_format) if needs_a else None
+    db = make(lora_b, memory_format=torch.contiguous_format) if needs_b else None
     if m and any(needs):
         dy, a, b = row_major(dy), _operand(lora_a, dy), _operand(lora_b, dy)
         x, h = row_major(x) if needs_a else dy, h.contiguous() if needs_b else None
         _, run, isa = linear()
-        call = _call(
-            x, a, b, h, scaling, dropout_p, seed, dy=dy.data_ptr(), dx=_pointer(dx), da=_pointer(da), db=_pointer(db),
-            stride_x=x.stride(0), stride_dy=dy.stride(0), gradient_dtype=DTYPES[lora_a.dtype],
-        )  # fmt: skip
+        call = _call(x, a, b, h, scaling, dropout_p, seed, None, None, dy, dx, da, db, lora_a.dtype)
         _check(run(call, isa), call)
         if needs_x:
             dx.addmm_(with_clean_rows(dy), weight)
@@ -54,20 +61,20 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
 
 
 def _operand(adapter, x):
-    return row_major(adapter.to(x.dtype))
+    return row_major(cast(adapter, x))
 
 
 def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call(x, a, b, h, scaling, dropout_p, seed, **rest):
-    drop, (r, k) = dropout_p > 0.0, a.shape
-    return Linear(
-        x=x.data_ptr(), a=a.data_ptr(), b=b.data_ptr(), h=_pointer(h), m=x.shape[0], n=b.shape[0], k=k, r=r,
-        stride_a=a.stride(0), stride_b=b.stride(0), seed=int(seed) if drop else 0,
-        keep_threshold=keep_threshold(dropout_p) if drop else -1, keep_scale=1.0 / (1.0 - dropout_p) if drop else 1.0,
-        scaling=float(scaling), dtype=DTYPES[x.dtype], threads=torch.get_num_threads(), **rest,
+def _call(x, a, b, h, scaling, dropout_p, seed, bias=None, y=None, dy=None, dx=None, da=None, db=None, gradients=None):
+    drop, stride_dy = dropout_p > 0.0, 0 if dy is None else dy.stride(0)
+    return Linear(  # by position: names take twice as long
+        x.data_ptr(), a.data_ptr(), b.data_ptr(), _pointer(bias), _pointer(h), _pointer(y), _pointer(dy), _pointer(dx),
+        _pointer(da), _pointer(db), x.shape[0], b.shape[0], *a.shape[::-1], x.stride(0), a.stride(0), b.stride(0), stride_dy,
+        int(seed) if drop else 0, keep_threshold(dropout_p) if drop else -1, 1.0 / (1.0 - dropout_p) if drop else 1.0,
+        float(scaling), DTYPES[x.dtype], 0 if gradients is None else DTYPES[gradients], torch.get_num_threads(),
     )  # fmt: skip
 
 

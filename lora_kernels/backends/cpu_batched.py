@@ -17,33 +17,34 @@ def forward(x, weight, bias, adapters, plan, strategy):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
     x = row_major(x)
     y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
-    m, k = x.shape
-    if m == 0:
+    if x.shape[0] == 0:
         return y
-    slices = _slices(adapters)
-    batch = Batch(
-        x.data_ptr(), y.data_ptr(), plan.slots.data_ptr(), plan.order.data_ptr(),
-        None if plan.weights is None else plan.weights.data_ptr(), ctypes.addressof(slices), None, m, k, x.stride(0),
-        y.stride(0), plan.adapters_per_row, adapters[0].ranks.shape[0], len(slices), DTYPES[x.dtype],
-        torch.get_num_threads(),
-    )  # fmt: skip
+    memory = adapters[0].memory  # the next step of these adapters has the same plan, as a rule
+    known, planned, call, _ = memory.get("cpu", (None,) * 4)
+    if known != adapters or planned is not plan:
+        call, slices = _call(x, adapters, plan)
+        memory["cpu"] = adapters, plan, call, slices
     run, isa = batched()
-    if not run(batch, isa):
+    if not run(call, x.data_ptr(), x.stride(0), y.data_ptr(), torch.get_num_threads(), isa):
         ranks = sum(s.max_rank for s in adapters)
         raise MemoryError(f"lora_linear_batched: no memory for {plan.slots.numel()} x {ranks} elements of h")
     return y
 
 
-def _slices(adapters):
-    memory = adapters[0].memory
-    known, slices = memory.get("cpu", (None, None))
-    if known != adapters:
-        fields, first_rank = [], 0
-        for s in adapters:
-            fields.append((
-                s.a.data_ptr(), s.b.data_ptr(), s.first_row.data_ptr(), s.ranks.data_ptr(), s.scalings.data_ptr(),
-                s.b.shape[1], *s.strides_b, s.max_rank, first_rank,
-            ))  # fmt: skip
-            first_rank += s.max_rank
-        memory["cpu"] = adapters, slices = adapters, (Slice * len(fields))(*fields)
-    return slices
+def _call(x, adapters, plan):
+    """What stays the same as long as adapters and plan do, and what it points to."""
+    fields, first_rank = [], 0
+    for s in adapters:
+        fields.append((
+            s.a.data_ptr(), s.b.data_ptr(), s.first_row.data_ptr(), s.ranks.data_ptr(), s.scalings.data_ptr(),
+            s.b.shape[1], *s.strides_b, s.max_rank, first_rank,
+        ))  # fmt: skip
+        first_rank += s.max_rank
+    slices = (Slice * len(fields))(*fields)
+    batch = Batch(
+        slots=plan.slots.data_ptr(), order=plan.order.data_ptr(), slices=ctypes.addressof(slices),
+        weights=None if plan.weights is None else plan.weights.data_ptr(), rows=x.shape[0], k=x.shape[1],
+        stride_y=sum(s.b.shape[1] for s in adapters), adapters_per_row=plan.adapters_per_row,
+        num_slots=adapters[0].ranks.shape[0], num_slices=len(fields), dtype=DTYPES[x.dtype],
+    )  # fmt: skip
+    return ctypes.byref(batch), slices

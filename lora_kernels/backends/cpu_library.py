@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 3
+ABI = 4
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -42,6 +42,17 @@ class Linear(ctypes.Structure):
     ]
 
 
+class Dequantize(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("codes", "scale", "zero", "absmax", "nested_code", "nested_offset", "out")),
+        *(
+            (name, c_int64)
+            for name in ("elements", "columns", "block_rows", "block_columns", "stride_row", "stride_word")
+        ),
+        *((name, c_int32) for name in ("format", "dtype", "threads")),
+    ]
+
+
 def reasons_unsupported(problem) -> list[str]:
     """Why the compiled kernels cannot run `problem`; empty if they can. ValueError where LORA_KERNELS_CPU_ISA cannot be."""
     if problem.device != "cpu":
@@ -67,11 +78,12 @@ def library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its library does not load: {error}"
     found.lora_isa_name.restype = ctypes.c_char_p
-    found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_int32)
+    found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_void_p, c_int64, c_void_p, c_int32, c_int32)
     if found.lora_abi() != ABI:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
         )
+    found.lora_dequantize.argtypes, found.lora_dequantize.restype = (ctypes.POINTER(Dequantize), c_int32), None
     for kernel in (found.lora_forward, found.lora_backward):
         kernel.argtypes = (ctypes.POINTER(Linear), c_int32)
     return found
@@ -99,7 +111,7 @@ def instruction_set() -> str:
 
 @functools.cache
 def batched():
-    """`run(batch, index)`: the batched kernel, and the index of the instruction set in use."""
+    """`run(batch, x, stride_x, y, threads, index)`: the batched kernel, and the index of the instruction set in use."""
     return library().lora_batched, _index()
 
 
@@ -107,6 +119,12 @@ def batched():
 def linear():
     """`forward(linear, index)`, `backward(linear, index)`: the kernels of one adapter, and that index."""
     return library().lora_forward, library().lora_backward, _index()
+
+
+@functools.cache
+def dequantize():
+    """`run(weight, index)`: a quantised weight's dense values, and that index."""
+    return library().lora_dequantize, _index()
 
 
 def _index():

@@ -1,6 +1,9 @@
 """Any backend, run on a quantised weight's dense values, which last as long as the call."""
 
-from lora_kernels.formats.scratch import dense
+import functools
+
+from lora_kernels.backends import cpu_dequantize
+from lora_kernels.formats import scratch
 
 
 class Dequantized:
@@ -16,3 +19,12 @@ class Dequantized:
     def backward(self, dy, x, h, weight, *rest):
         with dense(weight, dy.dtype) as w:
             return self.backend.backward(dy, x, h, w, *rest)
+
+
+def fill(weight, out):
+    """Write the dense values of `weight` to a contiguous `out [N, K]`: `weight.dequantize(out=out)`, compiled on CPUs."""
+    if not (out.is_cpu and cpu_dequantize.dequantize(weight, out)):
+        weight.dequantize(out=out)
+
+
+dense = functools.partial(scratch.dense, fill=fill)

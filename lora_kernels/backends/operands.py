@@ -17,6 +17,11 @@ def row_major(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def cast(tensor, like):
+    """`tensor` in the dtype of `like`; a `to` that has nothing to do takes a microsecond."""
+    return tensor if tensor.dtype is like.dtype else tensor.to(like.dtype)
+
+
 def with_clean_rows(x):
     """`x [M,K]`, or a copy of it with zeros between its rows, where PyTorch's products would let in what lies there.
 

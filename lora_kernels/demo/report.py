@@ -23,9 +23,9 @@ from matplotlib import pyplot
 class Report:
     """Everything that is said goes to the terminal and to summary.md; every check counts."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, title: str):
         self.path, self.console = path, Console()
-        self.page = ["# Adapters for SmolLM2, trained, served and checked on this machine"]
+        self.page = [f"# {title}"]
         self.seconds, self.failed = {}, []
 
     @contextmanager

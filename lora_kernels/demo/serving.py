@@ -46,7 +46,8 @@ def serve_and_check(report, model, tokenizer, trained: list[Path], traffic):
             check_alone(report, fp32, adapters, tokenizer, [request for _, request in arrivals])
         del fp32, pool
         with report.phase("Throughput"):
-            throughput.measure(report, model, adapters, traffic)
+            some = dict(list(adapters.items())[: traffic.batch])
+            throughput.measure(report, throughput.Contest(model, some, traffic), some)
 
 
 def make_arrivals(names, tokenizer, traffic) -> list[tuple[float, Request]]:

@@ -14,6 +14,7 @@ from lora_kernels.demo.adapters import make_pool, sharing_weights
 from lora_kernels.demo.engine import RowCache
 from lora_kernels.demo.report import device_name
 from lora_kernels.demo.training import relative_error
+from lora_kernels.modules import weight_of
 
 BASE = "the base model alone"
 CONTEXT = 32  # tokens that every row has in the cache
@@ -28,7 +29,6 @@ class Contest:
         self.cache = RowCache(model.config, rows, CONTEXT + 1, model.dtype, device)
         self.tokens = torch.randint(model.config.vocab_size, (rows, CONTEXT + 1), device=device)
         self.positions = torch.arange(CONTEXT + 1, device=device).expand(rows, -1)
-        self.forward(model, rows, slice(CONTEXT))
 
         served = sharing_weights(model)
         pool = make_pool(served, adapters, len(adapters))
@@ -37,7 +37,7 @@ class Contest:
         name, (k, _) = next(iter(pool.layers.items()))
         x = torch.empty(rows, k, dtype=model.dtype, device=device)
         plan = BatchPlan(torch.zeros(rows, dtype=torch.int32, device=device))
-        self.plan = dispatch.batched_plan_for(x, served.get_submodule(name).weight, (pool.layer(name),), plan)
+        self.plan = dispatch.batched_plan_for(x, weight_of(served.get_submodule(name)), (pool.layer(name),), plan)
 
         (first, directory), *others = adapters.items()
         options = {"autocast_adapter_dtype": False}  # no rounding to and from fp32: adapters in the model's dtype
@@ -50,6 +50,7 @@ class Contest:
             f"merge, decode {traffic.steps_per_swap} tokens, unmerge": self.swapped,
             BASE: self.base,
         }
+        self.forward(model, rows, slice(CONTEXT))  # last: bitsandbytes repacks the weights that it evaluates
 
     def base(self, names):
         return self.decode(self.model, len(names), self.traffic.steps)
@@ -85,9 +86,8 @@ class Contest:
         ).logits
 
 
-def measure(report, model, adapters, traffic):
-    adapters = dict(list(adapters.items())[: traffic.batch])
-    contest = Contest(model, adapters, traffic)
+def measure(report, contest, adapters):
+    model, traffic = contest.model, contest.traffic
     counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= traffic.batch]
     rows = {count: [name for name in list(adapters)[:count] for _ in range(traffic.batch // count)] for count in counts}
 

@@ -25,10 +25,15 @@ PROMPTS = ("The with statement is used to", 'def read_lines(path):\n    """')
 class Losses:
     training: list[float]
     held_out: dict[int, float]  # by the number of steps taken
+    times: list[float]  # of the steps, in seconds
 
     @property
     def after(self) -> float:
         return self.held_out[len(self.training)]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
 
 
 def train_and_check(report, model, tokenizer, out, recipe) -> tuple[str, ...]:
@@ -38,7 +43,7 @@ def train_and_check(report, model, tokenizer, out, recipe) -> tuple[str, ...]:
         compare_with_peft(report, model, corpora["docs"].train, recipe)
     with report.phase("Training"):
         losses = {name: fine_tune(report, model, name, corpus, recipe, out / name) for name, corpus in corpora.items()}
-        plot(report, losses)
+        plot(report, losses, "Two LoRA adapters on all linear layers")
     with report.phase("The adapter files"):
         adapted = load_adapter(copy.deepcopy(model), out / "docs")
         check_files(report, adapted, out / "docs", corpora["docs"], losses["docs"], recipe)
@@ -130,7 +135,7 @@ def fine_tune(report, model, name, corpus, recipe, directory) -> Losses:
     """Train an adapter on a copy of `model`, and save it to `directory`."""
     model = apply_lora(copy.deepcopy(model), r=recipe.r, lora_alpha=recipe.lora_alpha)
     trainable = trainable_parameters(model)
-    losses = Losses([], {0: held_out_loss(model, corpus, recipe)})
+    losses = Losses([], {0: held_out_loss(model, corpus, recipe)}, [])
     optimizer = torch.optim.AdamW(trainable.parameters, lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
@@ -141,12 +146,14 @@ def fine_tune(report, model, name, corpus, recipe, directory) -> Losses:
         for step in range(recipe.steps):
             first = step * recipe.batch % (len(corpus.train) - recipe.batch + 1)
             window = corpus.train[first : first + recipe.batch]
+            start = time.perf_counter()
             loss = model(input_ids=window, labels=window, use_cache=False).loss
             loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             losses.training.append(loss.item())
+            losses.times.append(time.perf_counter() - start)
             if (step + 1) * recipe.evaluations % recipe.steps < recipe.evaluations:
                 losses.held_out[step + 1] = held_out_loss(model, corpus, recipe)
             progress.update(task, advance=1, description=f"{name}  loss {loss.item():.3f}")
@@ -163,13 +170,13 @@ def held_out_loss(model, corpus, recipe) -> float:
     return statistics.fmean(model(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in batches)
 
 
-def plot(report, losses):
+def plot(report, losses, title):
     with report.plot("loss.png", "training and held-out loss") as axes:
         for colour, (name, loss) in enumerate(losses.items()):
             steps = range(1, len(loss.training) + 1)
             axes.plot(steps, loss.training, f"C{colour}", alpha=0.4, label=f"{name}, training batch")
             axes.plot(list(loss.held_out), list(loss.held_out.values()), f"C{colour}o-", label=f"{name}, held out")
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title="Two LoRA adapters on all linear layers")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
         axes.figure.legend(loc="outside lower center", ncols=len(losses))
 
 

@@ -1,5 +1,6 @@
 """What a base-weight format is: a frozen `[N, K]` weight in fewer bits, defined by its dequantisation."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,16 @@ class QuantizedWeight(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         return {}
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """The ints that make a weight of the state, beside its shape: what an operator's schema can hold."""
+        return ()
+
+    @classmethod
+    def of_parts(cls, state: Sequence[Tensor], shape, layout: Sequence[int]) -> "QuantizedWeight":
+        """The weight of another one's `state()`, shape and `layout`."""
+        return cls(*state)
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The fp32 values `[stop - start, K]` of some rows: the definition of the format."""

@@ -40,6 +40,14 @@ class FP8Weight(QuantizedWeight):
     def options(self):
         return {"block": self.block}
 
+    @property
+    def layout(self):
+        return self.block
+
+    @classmethod
+    def of_parts(cls, state, shape, layout):
+        return cls(*state, tuple(layout))
+
     def _rows(self, start, stop):
         first = start // self.block[0]
         scale = self.scale[first : cdiv(stop, self.block[0])]

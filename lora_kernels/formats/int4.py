@@ -45,6 +45,14 @@ class Int4Weight(QuantizedWeight):
     def options(self):
         return {"group_size": self.group_size}
 
+    @property
+    def layout(self):
+        return (self.group_size,)
+
+    @classmethod
+    def of_parts(cls, state, shape, layout):
+        return cls(*state, shape, *layout)
+
     def _rows(self, start, stop):
         k = self.shape[1]
         scale, zero = (

@@ -75,6 +75,15 @@ class NF4Weight(QuantizedWeight):
     def options(self):
         return {"blocksize": self.blocksize, "double_quant": self.nested_code is not None}
 
+    @property
+    def layout(self):
+        return (self.blocksize,)
+
+    @classmethod
+    def of_parts(cls, state, shape, layout):
+        packed, absmax, *nested = state
+        return cls(packed, absmax, shape, *layout, nested=Nested(*nested) if nested else None)
+
     def scales(self, first: int = 0, last: int | None = None) -> Tensor:
         """The fp32 absmax of the blocks from `first` to `last`."""
         absmax = self.absmax[first:last]

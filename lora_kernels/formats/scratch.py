@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,18 +19,26 @@ class _Scratch:
 _scratches: dict[tuple, _Scratch] = {}
 
 
+def _fill(weight, out):
+    weight.dequantize(out=out)
+
+
 @contextlib.contextmanager
-def dense(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
+def dense(
+    weight: QuantizedWeight, dtype: torch.dtype, fill: Callable[[QuantizedWeight, Tensor], None] = _fill
+) -> Iterator[Tensor]:
     """The dense `weight [N, K]` in `dtype`, until the context is left; then the next layer may write over it.
 
     There is one buffer for each device, dtype and stream, as large as the largest weight so far. On a GPU a stream runs
     what was launched in order, so that a kernel that reads the buffer is done before the next layer fills it. Of several
-    threads one at a time has it. While a CUDA graph is captured the memory is the graph's own.
+    threads one at a time has it. While a CUDA graph is captured the memory is the graph's own. `fill` writes the values.
     """
     device, elements, stream = weight.device, weight.shape.numel(), None
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            yield weight.dequantize(dtype)
+            out = torch.empty(weight.shape, dtype=dtype, device=device)
+            fill(weight, out)
+            yield out
             return
         stream = torch.cuda.current_stream(device).cuda_stream
     scratch = _scratches.setdefault((device, dtype, stream), _Scratch())
@@ -39,7 +47,9 @@ def dense(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
             scratch.buffer = None  # before the larger one is there, not after
             with torch.inference_mode(False):  # else no later call outside of inference mode could write to it
                 scratch.buffer = torch.empty(elements, dtype=dtype, device=device)
-        yield weight.dequantize(out=scratch.buffer[:elements].view(weight.shape))
+        out = scratch.buffer[:elements].view(weight.shape)
+        fill(weight, out)
+        yield out
 
 
 def scratch_bytes() -> int:

@@ -19,13 +19,14 @@ class Layer(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What runs fused, layer by layer; `str()` is for reading."""
+    """What runs fused, layer by layer, and which blocks run as one; `str()` is for reading."""
 
     layers: tuple[Layer, ...]
+    blocks: tuple[Layer, ...] = ()
 
     @property
     def fused(self) -> list[str]:
-        """The names of the layers that run fused."""
+        """The names of the layers that run fused, in a block or alone."""
         return [layer.name for layer in self.layers if layer.reason is None]
 
     @property
@@ -34,20 +35,27 @@ class Report(NamedTuple):
         return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
 
     def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=0)
-        lines = [
-            f"{layer.name:{width}}  {layer.kind}: {'fused' if layer.reason is None else layer.reason}"
-            for layer in self.layers
-        ]
-        return "\n".join([f"{len(self.fused)} of {len(self.layers)} adapted layers run fused", *lines])
+        lines = [f"{len(self.fused)} of {len(self.layers)} adapted layers run fused", *_lines(self.layers)]
+        if self.blocks:
+            as_one = sum(block.reason is None for block in self.blocks)
+            lines += [f"{as_one} of {len(self.blocks)} blocks run as one", *_lines(self.blocks)]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def apply_lora_kernels_to_model(model: nn.Module) -> Report:
+def _lines(layers):
+    width = max((len(layer.name) for layer in layers), default=0)
+    return (f"{layer.name:{width}}  {layer.kind}: {layer.reason or 'fused'}" for layer in layers)
+
+
+def apply_lora_kernels_to_model(model: nn.Module, *, blocks: bool = False) -> Report:
     """Let the LoRA layers of `model` run fused, in place; those that cannot go on as they were, and the report says why.
 
     model  has layers of PEFT (0.18 to 0.21) or of microsoft's loralib
+
+    blocks also run q, k and v of an attention block as one operation, and gate, up and down of an MLP: in Llama, Mistral, Qwen
+           and Gemma models of transformers. Needs to be said again after adapters were added to other layers
 
     Only the layers' class changes: parameters, state dict, hooks, saving, merging and switching adapters stay PEFT's. So
     adapters can be added later, to other layers too. A call that cannot run fused (a hook on `lora_A`, say) runs PEFT's own
@@ -66,10 +74,15 @@ def apply_lora_kernels_to_model(model: nn.Module) -> Report:
         layers += peft.fuse(model)
     if not layers:
         raise ValueError("model: has no LoRA layer of PEFT; add one with peft.get_peft_model first")
-    for layer in layers:
+    found = ()
+    if blocks and "transformers" in sys.modules:
+        from lora_kernels.integrations import transformers
+
+        found = tuple(transformers.fuse(model))
+    for layer in (*layers, *found):
         if layer.reason is not None:
             fall_back(f"{layer.kind}: {layer.reason}")
-    return Report(tuple(layers))
+    return Report(tuple(layers), found)
 
 
 def patch_peft() -> AbstractContextManager:
@@ -84,9 +97,13 @@ def patch_peft() -> AbstractContextManager:
 
 def unpatch_peft(model: nn.Module | None = None) -> None:
     """End `patch_peft()`: models made from now on are PEFT's own. With a `model`, give it its own layers back instead."""
-    from lora_kernels.integrations import peft
+    from lora_kernels.integrations import peft, transformers
 
-    peft.unpatch() if model is None else peft.unfuse(model)
+    if model is None:
+        peft.unpatch()
+    else:
+        transformers.unfuse(model)
+        peft.unfuse(model)
 
 
 def fall_back(reason: str) -> None:

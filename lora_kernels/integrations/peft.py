@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 
 import peft
@@ -34,15 +35,18 @@ class NotFused(Exception):
     """Why a call runs PEFT's own forward."""
 
 
-class FusedLinear(Linear):
-    """PEFT's `lora.Linear`, of which it is one in all but its forward."""
+class Fused:
+    """The forward of a PEFT layer, before PEFT's own."""
+
+    together = None  # the layers that read the same x and run as one: a Together of integrations/transformers.py
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not (self._disable_adapters or self.merged_adapters):
             try:
-                return self._fused(x, *args, **kwargs)
+                y = None if self.together is None or args or kwargs else self.together.result(self, x)
+                return self._fused(x, *args, **kwargs) if y is None else y
             except NotFused as reason:
-                fall_back(f"lora.Linear: {reason.args[0]}")
+                fall_back(f"lora.{self._get_name()}: {reason.args[0]}")
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x, *args, adapter_names=None, alora_offsets=None, **kwargs):
@@ -50,18 +54,34 @@ class FusedLinear(Linear):
             raise NotFused("the base layer gets arguments besides x")
         if adapter_names is not None:
             return self._mixed(x, adapter_names)
-        names = self.active_names()
-        if not names:
+        if not self.active_names():
             return self._modules["base_layer"](x)
-        return sharding.inside(self.parts(names), x, functools.partial(self._active, names))
+        return sharding.inside(self.parts(self.active_names()), x, self._active)
 
-    def _active(self, names, x):
-        weight, bias = self.weight_and_bias()
-        lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
-        _check_call(self, x, weight, lora_a)
+    def _active(self, x):
+        weight, lora_a, lora_b, scaling, bias, dropout_p = self._operands(x)
         if dropout_p > 0.0 and sharding.is_dtensor(x):
             raise NotFused("dropout on DTensors")
-        return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+        return y if isinstance(weight, Tensor) else y.to(x.dtype)  # bitsandbytes returns that under autocast too
+
+    def operands(self, x):
+        """`(weight [N,K], lora_a [R,K], lora_b [N,R], scaling, bias, dropout_p)` of the active adapters, for x."""
+        if sharding.is_dtensor(x) or any(map(sharding.gathered, self.parts(self.active_names()))):
+            raise NotFused("the weights are sharded")
+        return self._operands(x)
+
+    def _operands(self, x):
+        weight, bias = self.weight_and_bias()
+        names = self.active_names()
+        lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
+        check_call(self, x, weight, lora_a)
+        for name in names:
+            lora_bias = self.adapter_bias(name)
+            if lora_bias is not None:
+                term = (lora_bias * self.scaling[name]).to(weight.dtype)
+                bias = term if bias is None else bias + term
+        return weight, lora_a, lora_b, scaling, bias, dropout_p
 
     def _mixed(self, x, names):
         """A batch in which sample i uses the adapter `names[i]`, or none (`"__base__"`): inference."""
@@ -75,10 +95,10 @@ class FusedLinear(Linear):
         adapters = {name: self.adapter(name) for name in slots if name in present}
         if not adapters:
             return self._modules["base_layer"](x)
-        for lora_a, lora_b, _, dropout_p in adapters.values():
-            _check_call(self, x, weight, lora_a)
-            if dropout_p > 0.0:
-                raise NotFused("a mixed batch with dropout")
+        for name, (lora_a, lora_b, _, dropout_p) in adapters.items():
+            check_call(self, x, weight, lora_a)
+            if dropout_p > 0.0 or self.adapter_bias(name) is not None:
+                raise NotFused("a mixed batch with dropout or lora_bias")
             if torch.is_grad_enabled() and (x.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
                 raise NotFused("a mixed batch with gradients; call it under torch.inference_mode()")
         if torch.compiler.is_compiling() or weight.dtype != x.dtype or _casts(x):
@@ -95,13 +115,16 @@ class FusedLinear(Linear):
         parts = [("the base layer", self._modules["base_layer"])]
         parts += [(part, self._modules[part]._modules[name]) for name in names for part in ("lora_A", "lora_B")]
         for what, module in parts:
-            _check_hooks(what, module)
+            if not sharding.is_itself(module):
+                raise NotFused(f"{what} has a hook, or a forward of its own")
         return [module for _, module in parts]
 
     def weight_and_bias(self):
         """The base layer's `weight [N,K]` and bias."""
-        base = sharding.unwrapped(self._modules["base_layer"])
+        base, quantised = sharding.unwrapped(self._modules["base_layer"]), _bitsandbytes()
         kind = sharding.kind(base)
+        if quantised is not None and kind in quantised.KINDS:
+            return quantised.weight_and_bias(base)
         if kind is not nn.Linear and kind is not Conv1D:
             raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
         weight, bias = _parameter("the base layer", base, "weight"), _parameter("the base layer", base, "bias")
@@ -116,24 +139,45 @@ class FusedLinear(Linear):
             module = sharding.unwrapped(self._modules[part]._modules[name])
             if sharding.kind(module) is not nn.Linear:
                 raise NotFused(f"{part} is a {type(module).__name__}")
-            if module._parameters.get("bias") is not None:
-                raise NotFused(f"{part} has a bias")
             weights.append(_parameter(part, module, "weight"))
         if weights[0].shape[0] > MAX_RANK:
             raise NotFused(f"the rank is {weights[0].shape[0]}, more than {MAX_RANK}")
         dropout, dropout_p = self._modules["lora_dropout"]._modules[name], 0.0
-        _check_hooks("lora_dropout", dropout)
+        check_hooks("lora_dropout", dropout)
         if type(dropout) is nn.Dropout and 0.0 <= dropout.p < 1.0:
             dropout_p = dropout.p if dropout.training else 0.0
         elif type(dropout) is not nn.Identity:
             raise NotFused(f"lora_dropout is {dropout}")
         return *weights, self.scaling[name], dropout_p
 
-    def _get_name(self) -> str:
-        return "Linear"  # PEFT reads the type of a layer off its repr
+    def adapter_bias(self, name):
+        """The bias of an adapter's B; its A has none."""
+        return _parameter("lora_B", sharding.unwrapped(self._modules["lora_B"]._modules[name]), "bias")
 
     def extra_repr(self) -> str:
         return "fused by lora_kernels"
+
+
+class FusedLinear(Fused, Linear):
+    """PEFT's `lora.Linear`, of which it is one in all but its forward."""
+
+    def _get_name(self) -> str:
+        return "Linear"  # PEFT reads the type of a layer off its repr
+
+
+def _bitsandbytes():
+    """What runs bitsandbytes' layers, where that is imported: without it there are none."""
+    if sys.modules.get("bitsandbytes") is None:
+        return None
+    from lora_kernels.integrations import peft_bnb
+
+    return peft_bnb
+
+
+def _classes() -> dict[type, type]:
+    """PEFT's classes, and ours."""
+    quantised = _bitsandbytes()
+    return {Linear: FusedLinear} | ({} if quantised is None else {quantised.bnb.Linear4bit: quantised.FusedLinear4bit})
 
 
 def combined(adapters):
@@ -196,8 +240,12 @@ def _batch(names: tuple[str, ...], rows_each: int, device) -> tuple[dict[str, in
     return slots, BatchPlan(rows.to(device))
 
 
-def _check_hooks(what, module):
-    if not sharding.is_itself(module):
+def check_hooks(what, module):
+    d = module.__dict__
+    if (
+        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
+        or "forward" in d
+    ):  # fmt: skip
         raise NotFused(f"{what} has a hook, or a forward of its own")
 
 
@@ -210,7 +258,7 @@ def _parameter(what, module, name):
     return parameter
 
 
-def _check_call(layer, x, weight, lora_a):
+def check_call(layer, x, weight, lora_a):
     """Whether this x can run fused, here and now."""
     if type(x) not in (Tensor, nn.Parameter) and not sharding.is_dtensor(x):
         raise NotFused(f"x is a {type(x).__name__}")
@@ -221,6 +269,8 @@ def _check_call(layer, x, weight, lora_a):
     if weight.requires_grad and torch.is_grad_enabled():
         raise NotFused("the base weight trains")
     fits = lora_a.dtype is x.dtype or (lora_a.dtype is torch.float32 and layer.cast_input_dtype_enabled)
+    if not isinstance(weight, Tensor) and _autocasts(x) and torch.get_autocast_dtype(x.device.type) is not weight.dtype:
+        raise NotFused(f"bitsandbytes computes in {weight.dtype}, autocast in another dtype")
     if not (fits and weight.dtype is x.dtype) and not _autocasts(x):
         raise NotFused(f"x is {x.dtype}, the base weight {weight.dtype}, the adapter {lora_a.dtype}")
     if torch.compiler.is_compiling():
@@ -245,32 +295,36 @@ def _casts(x) -> bool:
 
 
 def fuse(model: nn.Module) -> Iterator[Layer]:
-    """Swap the class of every `lora.Linear` of `model`, adapters added later included; yields what became of each layer."""
+    """Swap the class of every linear layer of `model`, adapters added later included; yields what became of each layer."""
     _follow_injections()
-    _swap(model, Linear, FusedLinear)
+    _swap(model, _classes())
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             theirs = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("peft.tuners."))
-            yield Layer(name, f"{theirs.__module__.split('.')[2]}.{theirs.__name__}", _reason(module))
+            yield Layer(name, f"{theirs.__module__.split('.')[2]}.{theirs.__name__}", reason_not_fused(module))
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every layer of `model` PEFT's own class back."""
-    _swap(model, FusedLinear, Linear)
+    _swap(model, {ours: theirs for theirs, ours in _classes().items()})
 
 
-def _swap(model, old, new):
+def _swap(model, classes):
     for module in model.modules():
-        if type(module) is old:
+        if new := classes.get(type(module)):
             module.__class__ = new
 
 
-def _reason(module) -> str | None:
+def reason_not_fused(module) -> str | None:
     """Why `module` cannot run fused with its active adapters, or with all of them if none is."""
-    if sharding.kind(module) is not FusedLinear:
-        return "no kernel for this class" if type(module) is sharding.kind(module) else "call us before fully_shard"
+    if not isinstance(module, Fused):
+        if sharding.kind(module) is not type(module):
+            return "call us before fully_shard"
+        quantised = _bitsandbytes()
+        int8 = quantised is not None and isinstance(module, quantised.bnb.Linear8bitLt)
+        return quantised.QUANTISES_X if int8 else "no kernel for this class"
     own_forward = module.__dict__.get("_old_forward") or module.__dict__.get("forward")  # accelerate keeps the old one
-    if own_forward is not None and getattr(own_forward, "__func__", None) is not FusedLinear.forward:
+    if own_forward is not None and getattr(own_forward, "__func__", None) is not Fused.forward:
         return "it has a forward of its own"
     try:
         names = module.active_names() or list(module.lora_A)
@@ -289,10 +343,10 @@ _everywhere = False
 @functools.wraps(_inject_adapter)
 def _inject_and_fuse(self, model, *args, **kwargs):
     # The one way by which adapters get into a model: new ones, loaded ones, and those added to other layers later.
-    fused = _everywhere or any(type(module) is FusedLinear for module in model.modules())
+    fused = _everywhere or any(isinstance(module, Fused) for module in model.modules())
     _inject_adapter(self, model, *args, **kwargs)
     if fused:
-        _swap(model, Linear, FusedLinear)
+        _swap(model, _classes())
 
 
 def _follow_injections():

@@ -8,9 +8,9 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
-from lora_kernels import functional, reference
+from lora_kernels import formats, functional, reference
 from lora_kernels.integrations import peft as integration
-from lora_kernels.integrations.peft import FusedLinear, NotFused
+from lora_kernels.integrations.peft import Fused, NotFused
 
 # How much larger than PEFT's own error ours may be (sums are reordered), and how many eps of rounding are free.
 FACTOR, FREE_EPS = 2.0, 4.0
@@ -27,7 +27,7 @@ class Judge:
     @contextlib.contextmanager
     def watching(self) -> Iterator["Judge"]:
         """Judge every call until the end of the block."""
-        fused = FusedLinear._fused
+        fused = Fused._fused
 
         def judged(layer, x, *args, **kwargs):
             if torch.compiler.is_compiling():
@@ -42,11 +42,11 @@ class Judge:
                     self._compare(fused, layer, x, kwargs)
             return y
 
-        FusedLinear._fused = judged
+        Fused._fused = judged
         try:
             yield self
         finally:
-            FusedLinear._fused = fused
+            Fused._fused = fused
 
     def _compare(self, fused, layer, x, kwargs):
         self.calls += 1
@@ -54,12 +54,12 @@ class Judge:
         differentiable = (
             torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and "adapter_names" not in kwargs
         )
-        exact = copy.deepcopy(layer).double()
-        exact.__class__ = Linear
+        exact, own = _in_fp64(layer), copy.deepcopy(layer)  # a copy: bitsandbytes repacks a weight that it evaluates
+        own.__class__ = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("peft."))
         with _recorded_seeds() as seeds:
             ours = _results(lambda x: fused(layer, x, **kwargs), layer, x, differentiable)
         with _same_dropout(seeds):
-            theirs = _results(lambda x: Linear.forward(layer, x, **kwargs), layer, x, differentiable)
+            theirs = _results(lambda x: type(own).forward(own, x, **kwargs), own, x, differentiable)
             with torch.autocast(x.device.type, enabled=False):
                 truth = _results(lambda x: Linear.forward(exact, x, **kwargs), exact, x.double(), differentiable)
         eps = max(torch.finfo(t.dtype).eps for t in (x, ours["y"], layer.lora_A[next(iter(layer.lora_A))].weight))
@@ -79,6 +79,19 @@ class Judge:
     def _fail(self, message):
         self.wrong.append(message)
         raise AssertionError(f"fused call {self.calls}: {message}")
+
+
+def _in_fp64(layer):
+    """PEFT's plain layer over the very values of the base."""
+    exact, base = copy.deepcopy(layer), layer.base_layer
+    if (weight := formats.from_linear(base)) is not None:
+        exact.base_layer = torch.nn.Linear(*weight.shape[::-1], base.bias is not None, device=weight.device)
+        exact.base_layer.weight.data = weight.dequantize(torch.float64)
+        if base.bias is not None:
+            exact.base_layer.bias.data = base.bias.data
+        exact.base_layer.requires_grad_(False)
+    exact.double().__class__ = Linear
+    return exact
 
 
 def _results(forward, layer, x, differentiable) -> dict[str, Tensor]:

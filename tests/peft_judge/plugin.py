@@ -3,6 +3,7 @@
 Writes the outcome of each test, and what the judge saw, to the file that JUDGE_OUT names; xdist's workers one each.
 """
 
+import collections
 import json
 import os
 import sys
@@ -27,6 +28,17 @@ def pytest_configure(config):
         config.stack.enter_context(planted(os.environ["JUDGE"]))
 
 
+class EveryModel(collections.Counter):
+    """The models that PEFT's tests think they have had from the hub: what they have had they do not ask it for again."""
+
+    def __contains__(self, name):
+        return True
+
+
+def pytest_collection_finish():
+    sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES = EveryModel()
+
+
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         outcomes[report.nodeid] = report.outcome
@@ -36,5 +48,5 @@ def pytest_runtest_logreport(report):
 def pytest_sessionfinish():
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     seen = {name: getattr(judge, name) for name in ("calls", "mixed", "gradients", "not_fused", "wrong")}
-    with open(f"{os.environ['JUDGE_OUT']}.{worker}", "w") as file:
+    with open(f"{os.environ['JUDGE_OUT']}.part-{worker}", "w") as file:
         json.dump({"outcomes": outcomes, **seen}, file)

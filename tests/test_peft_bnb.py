@@ -1,0 +1,224 @@
+# ruff: noqa: E402
+"""PEFT over bitsandbytes: rows of docs/integrations.md; the judge holds each fused call against PEFT's own and that in fp64."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+bnb = pytest.importorskip("bitsandbytes")
+pytest.importorskip("peft")
+
+from conftest import DEVICE
+from features import EXACT, FUSED, feature
+from peft_judge.cases import CLOSE, config, peft_model, step
+
+import lora_kernels
+from lora_kernels.integrations import peft, peft_bnb
+
+pytest_plugins = ["peft_judge.cases"]
+pytestmark = pytest.mark.usefixtures("as_before", "judge")
+AT_16_BITS = functools.partial(torch.testing.assert_close, rtol=0.1, atol=0.5)  # the judge is stricter
+K, N = 64, 128  # blocks divide the rows: bitsandbytes 0.50.2 gets the others wrong on CPUs
+
+
+class Net(nn.Module):
+    """As transformers makes it: PEFT has classes of its own for a model that is loaded so."""
+
+    def __init__(
+        self, compute=torch.float32, stored=torch.float32, known=True, nested=True, quant_type="nf4", bias=True
+    ):
+        super().__init__()
+        options = {"compute_dtype": compute, "quant_type": quant_type, "compress_statistics": nested, "bias": bias}
+        self.up, self.down = bnb.nn.Linear4bit(K, N, **options), bnb.nn.Linear4bit(N, K, **options)
+        self.is_loaded_in_4bit = known
+        self.to(stored).to(DEVICE)
+
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+def four_bit(**options):
+    settings = {name: options.pop(name) for name in ("lora_dropout", "use_dora", "targets") if name in options}
+    return peft_model(config(**{"targets": ("up", "down"), **settings}), Net(**options))
+
+
+def fuse(model):
+    """`model` runs fused, and all of it."""
+    report = lora_kernels.apply_lora_kernels_to_model(model)
+    assert len(report.fused) == len(report.layers) > 0
+    return model
+
+
+def x(dtype=torch.float32):
+    return torch.randn(2, 5, K, dtype=dtype, device=DEVICE)
+
+
+def assert_same(model, x, close=CLOSE):
+    expected, expected_gradients = step(model, x)
+    y, gradients = step(fuse(model), x)
+    assert y.dtype == expected.dtype
+    close(y, expected)
+    for name, gradient in gradients.items():
+        close(gradient, expected_gradients[name])
+
+
+@feature("bitsandbytes' `Linear4bit` in nf4, nested or not, a bias or none", FUSED)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_nf4(nested, known):
+    model = four_bit(nested=nested, bias=nested, known=known)
+    kind = type(model.base_model.model.up).__module__
+    assert kind == ("peft.tuners.lora.bnb" if known else "peft.tuners.lora.layer")
+    assert_same(model, x())
+    lora_kernels.unpatch_peft(model)
+    assert type(model.base_model.model.up).__module__ == kind
+
+
+@feature("the same in bf16, with PEFT's fp32 adapters", FUSED)
+def test_nf4_in_bf16():
+    assert_same(four_bit(compute=torch.bfloat16, stored=torch.bfloat16), x(torch.bfloat16), AT_16_BITS)
+
+
+@feature("the same under autocast to its `compute_dtype`, as a trainer has it", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_under_autocast(dtype):
+    model = four_bit(compute=torch.bfloat16, stored=torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_same(model, x(dtype), AT_16_BITS)
+
+
+@feature("the same with dropout, several adapters, a mixed batch in inference, after `deepcopy`", FUSED)
+def test_nf4_with_all_that_a_dense_layer_has():
+    model = fuse(four_bit(lora_dropout=0.25))
+    step(model, x())
+    model.eval().add_adapter("other", config(("up", "down")))
+    model.base_model.set_adapter(["default", "other"])
+    step(copy.deepcopy(model), x())
+    with torch.inference_mode():
+        model(x(), adapter_names=["other", "__base__"])
+
+
+@feature("the same, merged and unmerged", FUSED)
+@pytest.mark.filterwarnings("ignore:.*rounding errors:UserWarning")
+def test_nf4_after_a_merge():
+    """Merging makes another weight, which is converted anew."""
+    model = fuse(four_bit()).train()
+    before = model(x())
+    model.merge_adapter()
+    model.unmerge_adapter()
+    again = copy.deepcopy(model)
+    lora_kernels.unpatch_peft(again)
+    inputs = x()
+    CLOSE(model(inputs), again(inputs))
+    assert before.shape == again(inputs).shape
+
+
+def test_a_weight_is_converted_once_and_shares_its_codes(monkeypatch):
+    model, made = fuse(four_bit()), []
+    convert = peft_bnb.formats.NF4Weight.from_bitsandbytes
+    monkeypatch.setattr(
+        peft_bnb.formats.NF4Weight, "from_bitsandbytes", lambda weight: made.append(convert(weight)) or made[-1]
+    )
+    peft_bnb._weights.clear()
+    layer = model.base_model.model.up
+    for _ in range(2):
+        weight, _ = layer.weight_and_bias()
+    assert len(made) == 1 and weight is made[0]
+    assert weight.packed.data_ptr() == layer.base_layer.weight.data_ptr()
+    assert not set(model.state_dict()) ^ set(four_bit().state_dict())
+
+
+REASONS = {
+    "another compute_dtype": (dict(compute=torch.bfloat16), "x is torch.float32, the base weight torch.bfloat16"),
+    "no compute_dtype": (dict(compute=None), "or chosen its compute_dtype"),
+    "fp4": (dict(quant_type="fp4"), "the weight is in fp4"),
+    "a coarser weight": (
+        dict(stored=torch.bfloat16),
+        "the weight was torch.bfloat16, and bitsandbytes computes in torch.f",
+    ),
+    "DoRA": (dict(use_dora=True), "DoraLinearVariant has no kernel"),
+}
+
+
+@feature("another `compute_dtype` than x's or autocast's, or one finer than the weight was; fp4; DoRA", EXACT)
+@pytest.mark.parametrize("name", REASONS)
+def test_what_is_not_fused(name):
+    options, reason = REASONS[name]
+    model = four_bit(**options)
+    inputs = x()
+    with torch.random.fork_rng():
+        expected, gradients = step(copy.deepcopy(model), inputs)
+    with pytest.warns(UserWarning, match=reason):
+        lora_kernels.apply_lora_kernels_to_model(model)
+        y, actual = step(model, inputs)
+    assert torch.equal(y, expected) and all(torch.equal(actual[name], gradients[name]) for name in actual)
+
+
+@feature("another autocast than to its `compute_dtype`", EXACT)
+def test_another_autocast():
+    layer = fuse(four_bit()).base_model.model.up
+    with pytest.warns(UserWarning, match="autocast in another dtype"), torch.autocast(DEVICE, torch.bfloat16):
+        layer(x())
+
+
+@feature("a weight that bitsandbytes has repacked for its CPU kernel, which an evaluation without us does", EXACT)
+def test_a_repacked_weight():
+    layer = fuse(four_bit()).base_model.model.up.eval()
+    weight = layer.base_layer.weight
+    weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    with torch.no_grad(), pytest.warns(UserWarning, match="has repacked the weight for its own CPU kernel"):
+        layer(x())
+
+
+def test_compiled_it_is_theirs():
+    layer = fuse(four_bit()).base_model.model.up
+    with pytest.warns(UserWarning, match="under torch.compile"):
+        torch.compile(layer, backend="eager")(x())
+
+
+@feature("bitsandbytes' `Linear8bitLt`, which quantises x", f"{EXACT}; the model's rest fused")
+def test_int8():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.head = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False), nn.Linear(N, 3)
+            self.is_loaded_in_8bit = True
+            self.to(DEVICE)
+
+        def forward(self, x):
+            return self.head(self.up(x))
+
+    model = peft_model(config(("up", "head")), Mixed())
+    with pytest.warns(UserWarning, match="quantises x too"):
+        report = lora_kernels.apply_lora_kernels_to_model(model)
+    assert report.fused == ["base_model.model.head"] and peft_bnb.QUANTISES_X in report.skipped.values()
+
+
+@feature("a model of transformers after `prepare_model_for_kbit_training`, checkpointed, under autocast", FUSED)
+def test_a_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    from peft import prepare_model_for_kbit_training
+
+    config_of = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    llama = transformers.LlamaForCausalLM(config_of).to(torch.bfloat16)
+    for name, module in list(llama.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+            llama.set_submodule(name, layer)
+    llama.is_loaded_in_4bit = True
+    llama = prepare_model_for_kbit_training(llama.to(DEVICE))
+    model = fuse(peft_model(config("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()), llama)).train()
+    tokens = torch.randint(64, (2, 12), device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 28 and all(p.grad.isfinite().all() and p.grad.any() for p in trained)
+    assert any(isinstance(module, peft.Fused) for module in model.modules())
