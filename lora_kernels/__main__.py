@@ -63,6 +63,9 @@ def _add_explain_arguments(explain):
     explain.add_argument(
         "--device-capability", type=int, metavar="90", help="e.g. 90 for sm_90 (default: the local device)"
     )
+    explain.add_argument(
+        "--weight-format", metavar="nf4", help="of a quantised base weight: where it is dequantised, and why"
+    )
     explain.add_argument("--backend", help="ask for this backend")
     explain.add_argument("--strategy", help="ask for this strategy")
 
@@ -84,6 +87,7 @@ def _explain(arguments, _):
             backend=arguments.backend,
             strategy=arguments.strategy,
             adapters=arguments.adapters,
+            weight_format=arguments.weight_format,
         )
     except (ValueError, NotImplementedError) as error:
         print(error, file=sys.stderr)

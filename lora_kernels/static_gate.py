@@ -11,7 +11,7 @@ import inspect
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,78 +22,18 @@ from triton import knobs
 
 from lora_kernels import configs, machine_code
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
-from lora_kernels.backends import launcher, triton_batched, triton_shared
+from lora_kernels.backends import dequantized, launcher, operands, triton_batched, triton_shared
 from lora_kernels.backends import triton as backend
 from lora_kernels.configs import legality, tuned
 from lora_kernels.configs.legality import SHARED_LIMIT
 from lora_kernels.dispatch import Problem
+from lora_kernels.gate_cases import Case, cases_of, zeros
 
 RECORD = Path(__file__).resolve().parent.parent / "tests" / "resources" / "static_gate.json"
 WORKERS = 2
 SAMPLE = 20
+MEANT = ("a load of", "waits for all wgmma")  # over quantised weights: narrow scales, and operands out of registers
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer whose forward and backward pass are recorded; where `aligned`, all rows lie on 16-byte boundaries.
-
-    In a batched layer the columns come in slices of `widths`, and a row has `per_row` adapters, weighted if several; they lie
-    `packed`, as in a pool, or padded.
-    """
-
-    dtype: torch.dtype
-    r: int
-    m: int = 8192
-    n: int = 4096
-    k: int = 4096
-    aligned: bool = True
-    dropout_p: float = 0.0
-    bias: bool = False
-    tf32: bool = False
-    lora_dtype: torch.dtype | None = None
-    scaling_on_device: bool = False
-    widths: tuple[int, ...] = ()
-    per_row: int = 1
-    packed: bool = False
-
-
-CASES = {  # by itemsize; every switch of every kernel is on in one case and off in another
-    2: (
-        Case(torch.bfloat16, 16),
-        Case(torch.bfloat16, 64, bias=True, lora_dtype=torch.float32, scaling_on_device=True),
-        Case(torch.bfloat16, 128),
-        Case(torch.bfloat16, 64, dropout_p=0.1),
-        Case(torch.bfloat16, 16, m=16),
-        Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False),
-        Case(torch.bfloat16, 100, m=8191, n=4095, k=4097, aligned=False),
-        Case(torch.float16, 16),
-    ),
-    4: (
-        Case(torch.float32, 16),
-        Case(torch.float32, 128, bias=True),
-        Case(torch.float32, 16, dropout_p=0.1),
-        Case(torch.float32, 1, m=1001, n=999, k=1003, aligned=False),
-        Case(torch.float32, 64, tf32=True),
-    ),
-}
-
-BATCHED_CASES = {
-    2: (
-        Case(torch.bfloat16, 16, packed=True),
-        Case(torch.bfloat16, 64, bias=True, per_row=2),
-        Case(torch.bfloat16, 128, widths=(2048, 1024, 1024), packed=True),
-        Case(torch.bfloat16, 31, m=8191, n=4095, k=4097, aligned=False, widths=(4000, 95)),
-        Case(torch.bfloat16, 16, m=1),
-        Case(torch.float16, 16),
-    ),
-    4: (
-        Case(torch.float32, 16, packed=True),
-        Case(torch.float32, 1, m=1001, n=999, k=1003, aligned=False, bias=True),
-        Case(torch.float32, 64, tf32=True),
-        Case(torch.float32, 16, m=1),
-    ),
-}
 
 
 class Variant(NamedTuple):
@@ -119,7 +59,7 @@ def variants(capabilities=configs.ARCHITECTURES) -> list[Variant]:
     found = {}
     for capability in capabilities:
         for row in (*configs.architecture(capability).ROWS, *_tuned_rows(capability)):
-            for case in (BATCHED_CASES if row.kernel.startswith("batched_") else CASES)[row.itemsize]:
+            for case in cases_of(row):
                 for variant in variants_of(case, row, capability):
                     key = (variant.constants, variant.config, *map(launcher._specialization, variant.args))
                     if variant.name in found and found[variant.name][0] != key:
@@ -159,6 +99,7 @@ def variants_of(case: Case, row: configs.Row, capability: int, num_sms: int | No
         mock.patch.object(backend, "_lookup", lookup),
         mock.patch.object(backend, "launch", record),
         mock.patch.object(triton_batched, "launch", record),
+        mock.patch.object(dequantized, "launch", record),
         mock.patch.object(backend, "tf32_allowed", lambda: case.tf32),
     ):
         _run(case, row, goal)
@@ -179,24 +120,30 @@ def reasons_illegal(
     launches = {
         variant.name: variant
         for variant in variants_of(case, row, capability, num_sms)
-        if variant.config == row.config and variant.constants.get("KN", kn) == kn
+        if variant.config == row.config and variant.constants.get("KN", variant.constants.get("LAYOUT", kn)) == kn
     }
     return [problem for variant in launches.values() for problem in check(variant, keep).problems]
 
 
 def _run(case, row, goal):
     """Forward and backward pass of `case` on tensors without data, under the strategy that launches `row`'s kernel."""
-    strategy = row.kernel if row.kernel in backend.STRATEGIES else "chained"
+    kernel = row.kernel.removeprefix("quantized_")
+    strategy = kernel if kernel in backend.STRATEGIES else "chained"
     lora_dtype = case.lora_dtype or case.dtype
     x, weight, dy = (_empty(case.dtype, *shape) for shape in ((case.m, case.k), (case.n, case.k), (case.m, case.n)))
     lora_a, lora_b = _empty(lora_dtype, case.r, case.k), _empty(lora_dtype, case.n, case.r)
     bias = _empty(case.dtype, case.n) if case.bias else None
     scaling = _empty(torch.float32) if case.scaling_on_device else 2.0
     dropout = (case.dropout_p, _empty(torch.int64) if case.dropout_p else None)
-    if row.kernel.startswith("batched_"):
-        _run_batched(case, row, x[: row.max_m], weight, bias)
+    if case.weight is not None:
+        weight = zeros(case)
+    if row.kernel == "dequantize":
+        dequantized.dequantize(weight, _empty(case.dtype, case.n, case.k))
         return
-    tma = backend.tma_applies(x, weight, lora_a, lora_b)
+    if kernel.startswith("batched_"):
+        _run_batched(case, kernel, x[: row.max_m], weight, bias)
+        return
+    tma = case.weight is None and backend.tma_applies(x, weight, lora_a, lora_b)
     problem = Problem(
         m=case.m, n=case.n, k=case.k, r=case.r, dtype=case.dtype, lora_dtype=lora_dtype, dropout=case.dropout_p > 0,
         device="cuda", capability=goal.capability, num_sms=goal.num_sms, tma=tma, tf32=case.tf32,
@@ -204,13 +151,15 @@ def _run(case, row, goal):
     if backend.strategy_reasons_unsupported(strategy, problem):
         return
     y, h = backend.forward(x, weight, bias, lora_a, lora_b, scaling, *dropout, strategy)
+    if case.weight is not None:
+        return
     for needs in ((True, True, True), (False, False, True)):
         backend.backward(dy, x, h, weight, lora_a, lora_b, scaling, *dropout, needs, strategy)
     for activation in ("silu", "gelu_tanh"):
         triton_shared.glu_backward(triton_shared.glu(y, y, activation), y, y, activation)
 
 
-def _run_batched(case, row, x, weight, bias):
+def _run_batched(case, kernel, x, weight, bias):
     slots, several = 8, (case.per_row,) if case.per_row > 1 else ()
     rows = (slots * case.r,) if case.packed else (slots, case.r)
     tables = _empty(torch.int32, slots), _empty(torch.float32, slots)
@@ -228,7 +177,7 @@ def _run_batched(case, row, x, weight, bias):
     plan = BatchPlan.of_parts(
         entries, _empty(torch.float32, *entries.shape) if several else None, *3 * [entries.view(-1)]
     )
-    strategy = row.kernel.removeprefix("batched_")
+    strategy = kernel.removeprefix("batched_")
     triton_batched.forward(x, weight, bias, adapters, plan, "chained" if strategy == "shrink" else strategy)
 
 
@@ -246,6 +195,8 @@ def _name(capability, kernel, args, constants, config) -> str:
     tensors = [getattr(arg, "base", arg) for _, arg in named]
     dtypes = [SHORT.get(tensor.dtype) for tensor in tensors if isinstance(tensor, torch.Tensor)]
     switches = {**constants, "ACC": False, "PRECISION": constants.get("PRECISION") == "tf32" and "tf32"}
+    if "LOAD" in switches:
+        switches |= _weight_switches(switches.pop("LOAD"), switches.pop("LAYOUT"), args[kernel.arg_names.index("w")])
     settings = [name if value is True else f"{name}={value}" for name, value in switches.items() if value is not False]
     settings += [f"slices={len(arg)}" for name, arg in zip(kernel.arg_names, args, strict=False) if name == "ranks"]
     integers = [(name, arg) for name, arg in named if isinstance(arg, int)]
@@ -258,21 +209,38 @@ def _name(capability, kernel, args, constants, config) -> str:
     )  # fmt: skip
 
 
+def _weight_switches(load, layout, w) -> dict:
+    if load is operands.loads("dense"):
+        return {"KN": layout}
+    return {load.__name__: ",".join(map(str, layout)) or True, "operands": sum(item is not None for item in w)}
+
+
 def check(variant: Variant, keep: bool = False) -> Result:
     """Compile, measure and judge one variant."""
     try:
         code = machine_code.compile_launch(*variant[2:6], variant.capability, keep)
     except Exception as error:  # the compiler's own: none of its exceptions share a base class
         return Result(variant.name, None, [f"does not compile: {type(error).__name__}: {str(error).strip()[:200]}"])
-    figures = machine_code.measure(code)
-    return Result(variant.name, asdict(figures), machine_code.judge(code, figures, variant.aligned))
+    figures, load = machine_code.measure(code), variant.constants.get("LOAD")
+    quantized = load is not None and load is not operands.loads("dense")
+    problems = machine_code.judge(code, figures, variant.aligned)
+    if not quantized or not figures.mma:
+        return Result(variant.name, asdict(figures), problems)
+    problems = [problem for problem in problems if not any(words in problem for words in MEANT)]
+    config, most = variant.config, configs.INSTRUCTIONS[load.__name__]
+    weights_a_thread = config.block_n * config.block_k / (32 * config.num_warps)
+    per_weight = round(figures.loop_length / weights_a_thread, 2)
+    if "one_launch" in variant.kernel.__name__ and config.block_m == 16 and per_weight > most:
+        problems.append(f"{per_weight} instructions a weight > {most}")
+    return Result(variant.name, asdict(figures) | {"per_weight": per_weight}, problems)
 
 
 def digest(variant: Variant) -> str:
     """Of all that its machine code and the judgement follow from, but for the versions of the tools."""
     specialised = [str(launcher._specialization(arg)) for arg in variant.args]
     judge = inspect.getsource(machine_code), SHARED_LIMIT
-    parts = variant.kernel.cache_key, specialised, sorted(map(str, variant.constants.items())), variant.config, judge
+    constants = {name: getattr(value, "cache_key", value) for name, value in variant.constants.items()}
+    parts = variant.kernel.cache_key, specialised, sorted(map(str, constants.items())), variant.config, judge
     return hashlib.sha256(repr((parts, variant.capability, variant.aligned)).encode()).hexdigest()[:16]
 
 
@@ -327,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     words = set(options.k.split())
     capabilities = (options.arch,) if options.arch else configs.ARCHITECTURES
     chosen = [variant for variant in variants(capabilities) if words <= set(variant.name.split())]
+    names = {variant.name for variant in chosen}
     if not chosen:
         parser.error(f"no variant matches -k {options.k!r}")
     record = {"versions": versions(), "variants": {}}
@@ -338,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     results = _check_all(chosen)
     if options.update:
         narrowed = options.arch or options.k
-        kept = record["variants"] if narrowed else {}
+        kept = {name: figures for name, figures in record["variants"].items() if narrowed or name in names}
         digests = {variant.name: digest(variant) for variant in chosen}
         passed = {r.name: r.figures | {"digest": digests[r.name]} for r in results if r.figures and not r.problems}
         write_record(options.record, kept | {r.name: r.figures for r in results if r.figures} | passed)

@@ -161,6 +161,13 @@ def one_by_one(x, projections, mlp):
     return [linear(f * u, projections[2])]
 
 
+def assert_alike(some, others):
+    """But for the order of sums and, in bf16, roundings: the same masks, the same terms."""
+    for one, other in zip(some, others, strict=True):
+        limit = 0.02 if one.dtype == torch.bfloat16 else 1e-5
+        assert one.dtype == other.dtype and (one - other).norm() <= limit * other.norm()
+
+
 @pytest.mark.parametrize("name", ["qkv-dropout", "mlp-biases-and-dropout", "qkv-k-without-adapter"])
 def test_draws_the_masks_that_layer_by_layer_would(name):
     x, projections, dys = CASES[name].inputs()
@@ -168,10 +175,8 @@ def test_draws_the_masks_that_layer_by_layer_would(name):
     ys = run(CASES[name], x, projections)
     torch.manual_seed(CASES[name].seed)
     others = one_by_one(x, projections, CASES[name].mlp)
-    tolerance = {"rtol": 0.02, "atol": 0.02} if x.dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(list(ys), list(others), **tolerance)
-    grads = [torch.autograd.grad(each, wanted, dys) for each in (ys, others)]
-    torch.testing.assert_close(*grads, **({"rtol": 0.05, "atol": 0.2} if tolerance else {}))
+    assert_alike(ys, others)
+    assert_alike(*(torch.autograd.grad(each, wanted, dys) for each in (ys, others)))
 
 
 @pytest.mark.parametrize("name", ["qkv", "qkv-dropout", "mlp", "mlp-biases-and-dropout", "mlp-frozen-a"])
@@ -284,10 +289,8 @@ def test_compiles_into_one_graph(name):
     assert called.count("lora_kernels.lora_linear") == sum(p.lora_a is not None for p in projections)
     wanted = list(learning(x, projections).values())
     others = run(block, x, projections)
-    tolerance = {"rtol": 0.02, "atol": 0.05} if x.dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(list(ys), list(others), **tolerance)
-    grads = [torch.autograd.grad(each, wanted, dys) for each in (ys, others)]
-    torch.testing.assert_close(*grads, **({"rtol": 0.05, "atol": 0.5} if tolerance else {}))
+    assert_alike(ys, others)
+    assert_alike(*(torch.autograd.grad(each, wanted, dys) for each in (ys, others)))
 
 
 def block_run(x, projections, mlp):
@@ -306,8 +309,8 @@ def test_quantised_weights(backend):
         dense = [p._replace(weight=q.weight.dequantize(x.dtype)) for p, q in zip(projections, quantised, strict=True)]
         wanted = list(learning(x, projections).values())
         both = [run(block, x, each, backend) for each in (quantised, dense)]
-        torch.testing.assert_close(*map(list, both))
-        torch.testing.assert_close(*(torch.autograd.grad(ys, wanted, dys) for ys in both))
+        assert_alike(*both)
+        assert_alike(*(torch.autograd.grad(ys, wanted, dys) for ys in both))
 
 
 def test_modules_hold_their_layers():

@@ -31,6 +31,13 @@ def test_explain_takes_the_adapters_of_a_batch(capsys):
     assert capsys.readouterr().out == f"{lora_kernels.explain(64, 4096, 4096, 16, adapters=8, capability=90)}\n"
 
 
+def test_explain_takes_the_format_of_the_weight(capsys):
+    assert (
+        command_line.main("explain --m 16 --n 64 --k 64 --r 16 --weight-format nf4 --device-capability 90".split()) == 0
+    )
+    assert capsys.readouterr().out == f"{lora_kernels.explain(16, 64, 64, 16, weight_format='nf4', capability=90)}\n"
+
+
 def test_explain_takes_backend_and_strategy(capsys):
     arguments = "explain --m 8 --n 64 --k 64 --r 8 --device-capability 90 --backend eager --strategy chained".split()
     assert command_line.main(arguments) == 0

@@ -9,7 +9,7 @@ from batches import Batch, assert_within_budget, on
 from conftest import DEVICE
 from test_cuda import HALF, ON_GPU, every_dtype, needs_kernels, shuffle  # noqa: F401
 
-from lora_kernels import BatchPlan, testing
+from lora_kernels import BatchPlan, explain, formats, lora_linear_batched, testing
 from lora_kernels.backends import cuda_nf4, launcher
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("shuffle")]
@@ -47,7 +47,7 @@ class Quantized(Batch):
         plan = BatchPlan(slots[rows], None if weights is None else weights[rows])
         adapters = tuple(on(one, DEVICE) for one in self.adapters)
         with testing.poisoned_empty():
-            return cuda_nf4.forward(x[rows], packed, absmax, self.blocksize, bias, adapters, plan).cpu()
+            return cuda_nf4.decode(x[rows], packed, absmax, self.blocksize, bias, adapters, plan).cpu()
 
 
 SHAPES = [
@@ -104,6 +104,28 @@ def test_a_row_does_not_depend_on_its_company():
     y = batch.run()
     for rows in (slice(0, 1), slice(3, 5), slice(5, 13)):
         assert torch.equal(batch.run(rows=rows), y[rows])
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_it_is_what_runs_over_a_quantised_weight_on_request(double_quant):
+    batch = Batch(m=5, widths=(72,), k=320, slots=3, rank=8, dtype=torch.float16)
+    weight = formats.quantize(batch.weight.to(DEVICE), "nf4", double_quant=double_quant, blocksize=128)
+    adapters = tuple(on(one, DEVICE) for one in batch.adapters)
+    x, slots, bias = (t.to(DEVICE) for t in (batch.x, batch.slots, batch.bias))
+    with testing.poisoned_empty():
+        y = lora_linear_batched(x, weight, adapters, BatchPlan(slots), bias=bias, backend="cuda")
+        again = cuda_nf4.decode(x, weight.packed, weight.scales(), 128, bias, adapters, BatchPlan(slots))
+    batch.weight = weight.dequantize(torch.float32).cpu()
+    assert torch.equal(y, again)
+    assert_within_budget(batch, y.cpu())
+
+
+def test_what_it_cannot_run_goes_by_way_of_the_scratch():
+    problem = explain(4, 128, 64, 4, adapters=2, weight_format="nf4").problem
+    assert cuda_nf4.reasons_unsupported(problem) == []
+    assert "for int8" in cuda_nf4.reasons_unsupported(problem._replace(format="int8"))[0]
+    assert "K = 96" in cuda_nf4.reasons_unsupported(problem._replace(k=96))[0]
+    assert "16-byte" in cuda_nf4.reasons_unsupported(problem._replace(no_tile="rows off 16-byte boundaries"))[0]
 
 
 FAULTS = {

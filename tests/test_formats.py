@@ -277,9 +277,7 @@ def test_threads_do_not_overwrite_each_other():
 
 def test_explain_says_what_becomes_of_it(weight):
     plan = explain(64, N, K, R, weight_format=weight.name).plan
-    assert plan.why.endswith(
-        f"{weight.name} is dequantised into a scratch: no kernel that does it in its K loop is in use yet"
-    )
+    assert f"{weight.name} is dequantised into a scratch: " in plan.why
     assert plan.strategy == explain(64, N, K, R).plan.strategy
     assert weight.name in str(explain(64, N, K, R, weight_format=weight.name))
     with pytest.raises(ValueError, match="format: got 'nf5', expected one of"):

@@ -168,6 +168,17 @@ def test_adapters_of_blocks(calls, tmp_path):
         torch.testing.assert_close(model.merge_and_unload()(tokens()).logits, y)
 
 
+def test_an_adapter_of_some_layers_only(calls, said):
+    model, theirs, _ = fused()
+    for each in (model, theirs):
+        torch.manual_seed(2)
+        targets = ["q_proj", "v_proj", "up_proj"]
+        each.add_adapter("some", peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        each.set_adapter("some")
+    assert_same(model, theirs)
+    assert calls == ["lora_projections", "lora_mlp"] * 2 and not said
+
+
 @feature("blocks: `deepcopy`, `pickle`, `unpatch_peft(model)`", FUSED)
 def test_copies_of_blocks(calls):
     model, theirs, _ = fused()

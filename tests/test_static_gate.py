@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels import configs, machine_code, static_gate
+from lora_kernels import configs, formats, machine_code, static_gate
 from lora_kernels.configs import Config
 
 pytestmark = pytest.mark.compile
@@ -123,7 +123,7 @@ def test_the_variants_use_every_row(variants):
         used = {(v.kernel.__name__.removesuffix("_kernel"), v.config) for v in variants if v.capability == capability}
         for row in configs.architecture(capability).ROWS:
             # Without its base layer the kernel of `extended` is that of `chained`.
-            kernel = "batched_extended" if row.kernel == "batched_chained" else row.kernel
+            kernel = "batched_extended" if row.kernel == "batched_chained" else row.kernel.removeprefix("quantized_")
             assert (kernel, row.config) in used
 
 
@@ -137,6 +137,18 @@ def test_the_record_has_every_variant(variants):
     record = json.loads(static_gate.RECORD.read_text())
     assert record["variants"].keys() == {v.name for v in variants}
     assert all(not figures["spills"] and not figures["stack"] for figures in record["variants"].values())
+
+
+def test_what_a_weight_costs_in_the_k_loop(variants):
+    """Instructions a weight while decoding, in every format and on every architecture; the model counts on no more."""
+    record = json.loads(static_gate.RECORD.read_text())["variants"]
+    found = {}
+    for v in variants:
+        if "one_launch" in v.kernel.__name__ and v.config.block_m == 16 and "per_weight" in record[v.name]:
+            found.setdefault((v.capability, v.constants["LOAD"].__name__), []).append(record[v.name]["per_weight"])
+    assert found.keys() == {(capability, name) for capability in configs.ARCHITECTURES for name in configs.INSTRUCTIONS}
+    for (_, name), figures in found.items():
+        assert len(figures) == len(formats.FORMATS[name].VARIANTS) and max(figures) <= configs.INSTRUCTIONS[name]
 
 
 def test_headline(variants):

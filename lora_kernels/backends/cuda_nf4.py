@@ -1,17 +1,33 @@
 """Decoding over a base weight in NF4, the adapters in the same launch: csrc/cuda/nf4.cu.
 
-No GPU has run it yet, and nothing calls it: it takes the tensors of bitsandbytes' layout as they are.
+No GPU has run it yet: it runs where backend="cuda" is asked for. It takes the tensors of bitsandbytes' layout as they are.
 """
 
 import torch
 
 from lora_kernels.backends import cuda_batched
+from lora_kernels.backends.operands import on_16_bytes
 
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 STEP_K = 256  # kTurn
 
 
-def forward(x, packed, absmax, blocksize, bias, adapters, plan):
+def reasons_unsupported(problem) -> list[str]:
+    """Why this kernel cannot run a `problem` that `cuda_batched` can; empty if it can."""
+    if problem.format != "nf4":
+        return [f"no kernel of cuda / one_launch does it in its K loop, for {problem.format}"]
+    if problem.k % 64:
+        return [f"K = {problem.k}, and the kernel in whose K loop it is done takes multiples of 64"]
+    return [f"its K loop cannot, for {problem.no_tile}"] if problem.no_tile else []
+
+
+def forward(x, weight, bias, adapters, plan, strategy):
+    """`y [M,N]`: `x W' + bias`, and each row's own adapters, for up to 16 rows and an `NF4Weight`; as `decode`."""
+    x = x if on_16_bytes(x) else x.contiguous().clone()
+    return decode(x, weight.packed, weight.scales(), weight.blocksize, bias, adapters, plan)
+
+
+def decode(x, packed, absmax, blocksize, bias, adapters, plan):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters, for up to 16 rows; W stays in 4 bits.
 
     x          `[M, K]` bf16 or fp16, K a multiple of 64, rows on 16-byte boundaries

@@ -3,8 +3,11 @@
 import functools
 import importlib
 import importlib.util
+from typing import Any, NamedTuple
 
 import torch
+
+from lora_kernels.formats import QuantizedWeight
 
 
 def stored(w):
@@ -57,6 +60,57 @@ def weight_operand(w, kn, config, tma=True):
     """`operand` for what `stored` returned."""
     block = (config.block_k, config.block_n) if kn else (config.block_n, config.block_k)
     return operand(w, block, tma)
+
+
+def contraction_first(weight):
+    """`weight [N, K]` as `[K, N]`; a quantised one has no order to change."""
+    return weight if isinstance(weight, QuantizedWeight) else weight.mT
+
+
+class Base(NamedTuple):
+    """A base weight as the kernels with a LOAD take it: dense, or one that they dequantise in their K loop.
+
+    `matrices` have to lie on 16-byte boundaries for TMA; the codes of a quantised weight do.
+    """
+
+    w: Any
+    load: Any
+    layout: Any
+    stride: int | None = None
+    quantized: bool = True
+    kn: bool = False
+
+    @classmethod
+    def of(cls, w, capability) -> "Base":
+        """The base of a dense `w [K, N]`, or of a quantised weight that has a tile."""
+        if isinstance(w, QuantizedWeight):
+            operands, layout = w.tile(capability)
+            return cls(operands, loads(w.name), layout)
+        w, kn = stored(w)
+        return cls(w, loads("dense"), kn, w.stride(0), False, kn)
+
+    @property
+    def matrices(self):
+        return () if self.quantized else (self.w,)
+
+    def kernel(self, name) -> str:
+        """What the rows of the tables call the kernel `name` over this weight."""
+        return f"quantized_{name}" if self.quantized else name
+
+    def operand(self, config, tma):
+        return self.w if self.quantized else weight_operand(self.w, self.kn, config, tma)
+
+    @property
+    def constants(self):
+        return dict(LOAD=self.load, LAYOUT=self.layout)
+
+
+@functools.cache
+def loads(name):
+    """The function of kernels/weights.py for the format of that name, or for "dense"."""
+    from lora_kernels.kernels import weights
+
+    return getattr(weights, name)
 
 
 @functools.cache

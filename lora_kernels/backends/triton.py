@@ -17,8 +17,10 @@ from torch import Tensor
 from lora_kernels import configs
 from lora_kernels.backends.launcher import counters, launch
 from lora_kernels.backends.operands import (
+    Base,
     accumulator,
     cdiv,
+    contraction_first,
     has_host_descriptors,
     on_16_bytes,
     operand,
@@ -29,6 +31,7 @@ from lora_kernels.backends.operands import (
     with_clean_rows,
 )
 from lora_kernels.configs import legality, tuned
+from lora_kernels.formats import QuantizedWeight
 from lora_kernels.reference import keep_threshold
 
 STRATEGIES = configs.STRATEGIES["lora_linear"]
@@ -108,7 +111,7 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
     m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     if m == 0:
         return x.new_empty(0, n), x.new_empty(0, r)
-    x, a, b, w = row_major(x), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT, weight.mT
+    x, w, a, b = prepared(x, weight), contraction_first(weight), lora_a.to(x.dtype).mT, lora_b.to(x.dtype).mT
     bias = None if bias is None else bias.contiguous()
     with device_guard(x.device):
         if strategy == "single_pass":
@@ -156,20 +159,20 @@ def _extended(x, w, h, b, bias, dropout_p=0.0, seed=None):
     r, n = b.shape
     y = x.new_empty(m, n)
     goal = target(x.device)
-    w, kn = stored(w)
-    aligned = on_16_bytes(x, w, y)
-    config = config_for("extended", x, n, r, dropout_p, aligned, kn)
+    base = Base.of(w, goal.capability)
+    aligned = on_16_bytes(x, *base.matrices, y)
+    config = config_for(base.kernel("extended"), x, n, r, dropout_p, aligned or base.quantized, base.kn)
     tma = goal.tma and aligned
     block_r = rank_block(r, cap=64)
-    operands = (operand(x, (config.block_m, config.block_k), tma), weight_operand(w, kn, config, tma))
+    operands = (operand(x, (config.block_m, config.block_k), tma), base.operand(config, tma))
     out = operand(y, (config.block_m, config.block_n // (2 if config.halves else 1)), tma)
     threshold, keep_scale = _dropout(dropout_p)
     args = (*operands, h, b, bias, out, seed, threshold, keep_scale, m, n, k, r,
-            x.stride(0), w.stride(0), *b.stride(), y.stride(0))  # fmt: skip
+            x.stride(0), base.stride, *b.stride(), y.stride(0))  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
-        RANK_BLOCKS=cdiv(r, block_r), GROUP_M=config.group_m, HALVES=config.halves, KN=kn, DROPOUT=dropout_p > 0.0,
-        HAS_BIAS=bias is not None, **arithmetic(x), TMA=tma,
+        RANK_BLOCKS=cdiv(r, block_r), GROUP_M=config.group_m, HALVES=config.halves, **base.constants,
+        DROPOUT=dropout_p > 0.0, HAS_BIAS=bias is not None, **arithmetic(x), TMA=tma,
     )  # fmt: skip
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     launch(_kernels().gemm.extended_kernel, (min(tiles, goal.num_sms), 1, 1), args, constants, config)
@@ -331,6 +334,12 @@ def _interpreter_is_mended() -> bool:
     from triton.runtime.interpreter import InterpreterBuilder
 
     return getattr(InterpreterBuilder, "_lora_kernels_mended", False)
+
+
+def prepared(x, weight):
+    """`x`, or a copy of it that a kernel which dequantises `weight` in its K loop can read 16 bytes at a time."""
+    x = row_major(x)
+    return x.clone() if isinstance(weight, QuantizedWeight) and not on_16_bytes(x) else x
 
 
 def device_guard(device):

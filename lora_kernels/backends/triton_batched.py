@@ -14,14 +14,13 @@ from lora_kernels import configs
 from lora_kernels.backends import triton as backend
 from lora_kernels.backends.launcher import counters, launch
 from lora_kernels.backends.operands import (
+    Base,
     accumulator,
     cdiv,
+    contraction_first,
     on_16_bytes,
     operand,
     rank_block,
-    row_major,
-    stored,
-    weight_operand,
     with_clean_rows,
 )
 from lora_kernels.backends.triton import reasons_unsupported  # noqa: F401
@@ -42,7 +41,7 @@ def forward(x, weight, bias, adapters, plan, strategy):
     m, n = x.shape[0], weight.shape[0]
     if m == 0:
         return x.new_empty(m, n)
-    x, bias = row_major(x), None if bias is None else bias.contiguous()
+    x, bias = backend.prepared(x, weight), None if bias is None else bias.contiguous()
     tables, h = _Tables.of(adapters), _H.of(x, adapters, plan)
     with backend.device_guard(x.device):
         if strategy == "one_launch":
@@ -115,25 +114,23 @@ def _shrink(x, tables, plan, h):
 
 def _extended(x, weight, bias, tables, plan, h, y=None):
     """`x W' + bias` and the adapters; where `y` is given, the adapters are added to it instead."""
-    (m, k), n = x.shape, weight.shape[0]
-    base, y = y is None, x.new_empty(m, n) if y is None else y
-    w, kn = stored(weight.mT)
-    aligned = on_16_bytes(x, w, y)
-    config = backend.config_for(
-        "batched_extended" if base else "batched_chained", x, n, h.r_max, aligned=aligned, kn=kn
-    )
-    goal = backend.target(x.device)
-    tma = goal.tma and aligned and base
+    (m, k), n, goal = x.shape, weight.shape[0], backend.target(x.device)
+    has_base, y = y is None, x.new_empty(m, n) if y is None else y
+    base = Base.of(contraction_first(weight), goal.capability)
+    aligned = on_16_bytes(x, *base.matrices, y)
+    kernel = base.kernel("batched_extended") if has_base else "batched_chained"
+    config = backend.config_for(kernel, x, n, h.r_max, aligned=aligned or base.quantized, kn=base.kn)
+    tma = goal.tma and aligned and has_base
     y_tma = tma and _whole_tiles(tables, config)
     args = (
-        operand(x, (config.block_m, config.block_k), tma), weight_operand(w, kn, config, tma), tables.b, bias,
+        operand(x, (config.block_m, config.block_k), tma), base.operand(config, tma), tables.b, bias,
         operand(y, (config.block_m, config.block_n), y_tma), plan.slots, plan.weights, tables.first_row, tables.ranks,
-        tables.scalings, h.planes, tables.widths, m, n, k, h.r_max, tables.num_slots, x.stride(0), w.stride(0),
+        tables.scalings, h.planes, tables.widths, m, n, k, h.r_max, tables.num_slots, x.stride(0), base.stride,
         tables.stride_bn, tables.stride_br,
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m, WIDE=h.wide,
-        DTYPE=_triton_dtype(x.dtype), KN=kn, HAS_BASE=base, HAS_BIAS=bias is not None, TMA=tma, Y_TMA=y_tma,
+        DTYPE=_triton_dtype(x.dtype), **base.constants, HAS_BASE=has_base, HAS_BIAS=bias is not None, TMA=tma, Y_TMA=y_tma,
         **h.constants,
     )  # fmt: skip
     tiles = cdiv(m, config.block_m) * _column_tiles(tables, config)
@@ -159,10 +156,11 @@ def _chained(x, weight, bias, tables, plan, h):
 def _one_launch(x, weight, bias, tables, plan, h):
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n)
-    w, kn = stored(weight.mT)
     goal = backend.target(x.device)
-    aligned = on_16_bytes(x, w, y)
-    config = backend.config_for("batched_one_launch", x, n, h.r_max, aligned=aligned, kn=kn)
+    base = Base.of(contraction_first(weight), goal.capability)
+    aligned = on_16_bytes(x, *base.matrices, y)
+    kernel = base.kernel("batched_one_launch")
+    config = backend.config_for(kernel, x, n, h.r_max, aligned=aligned or base.quantized, kn=base.kn)
     tma = goal.tma and aligned
     y_tma = tma and _whole_tiles(tables, config)
     columns = _column_tiles(tables, config)
@@ -171,14 +169,14 @@ def _one_launch(x, weight, bias, tables, plan, h):
     spill = x.new_empty(tiles, parts, config.block_m, config.block_n, dtype=h.planes.dtype)
     zeros = counters(x.device, tiles + 1)
     args = (
-        x, weight_operand(w, kn, config, tma), tables.a, tables.b, bias, operand(y, (config.block_m, config.block_n), y_tma),
+        x, base.operand(config, tma), tables.a, tables.b, bias, operand(y, (config.block_m, config.block_n), y_tma),
         plan.slots, plan.weights, plan.order, plan.segment, plan.distinct, tables.first_row, tables.ranks, tables.scalings,
         h.planes, spill, zeros, zeros[1:], tables.widths, m, n, k, h.r_max, tables.num_slots, h.programs, x.stride(0),
-        w.stride(0), tables.stride_bn, tables.stride_br,
+        base.stride, tables.stride_bn, tables.stride_br,
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=GROUP, WIDE=h.wide, PARTS=parts,
-        DTYPE=_triton_dtype(x.dtype), KN=kn, HAS_BIAS=bias is not None, TMA=tma, Y_TMA=y_tma,
+        DTYPE=_triton_dtype(x.dtype), **base.constants, HAS_BIAS=bias is not None, TMA=tma, Y_TMA=y_tma,
         **h.shrink_constants, **h.constants,
     )  # fmt: skip
     launch(_kernels().one_launch, (h.programs + tiles * parts, 1, 1), args, constants, config)

@@ -144,7 +144,7 @@ def _call(x, named):
     each = (
         (name, bool(p.dropout_p), *map(_signature, (p.weight, p.lora_a, p.lora_b, p.bias))) for name, p in named.items()
     )
-    return _signature(x), *each, dispatch.settings(x.dtype)
+    return _signature(x), *each, dispatch.settings(x)
 
 
 def _signature(tensor):

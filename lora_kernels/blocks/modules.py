@@ -11,7 +11,7 @@ class LoRAQKV(nn.Module):
 
     q_proj, k_proj, v_proj  each a `LoRALinear`, or a frozen `nn.Linear`; widths may differ (GQA). Hooks on them do not run.
 
-    >>> from lora_kernels import LoRALinear
+    >>> import torch
     >>> q, k, v = LoRAQKV(LoRALinear(64, 64, r=8), nn.Linear(64, 16).requires_grad_(False), LoRALinear(64, 16, r=4))(
     ...     torch.randn(2, 5, 64)
     ... )
@@ -34,7 +34,7 @@ class LoRAMLP(nn.Module):
     gate_proj, up_proj, down_proj  each a `LoRALinear`, or a frozen `nn.Linear`. Hooks on them do not run.
     activation                     "silu" or "gelu_tanh"
 
-    >>> from lora_kernels import LoRALinear
+    >>> import torch
     >>> gate, up, down = LoRALinear(64, 96, r=8), LoRALinear(64, 96, r=8), LoRALinear(96, 64, r=8)
     >>> LoRAMLP(gate, up, down)(torch.randn(2, 5, 64)).shape
     torch.Size([2, 5, 64])

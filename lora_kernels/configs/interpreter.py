@@ -3,7 +3,7 @@
 from lora_kernels.configs import Config, Row
 
 NUM_SMS = 3
-FLOPS, BANDWIDTH = 1e9, 1e9  # placeholders: nothing is timed in the interpreter
+FLOPS, BANDWIDTH, ISSUE = 1e9, 1e9, 1e9  # placeholders: nothing is timed in the interpreter
 
 ROWS = tuple(
     Row(kernel, config, itemsize)
@@ -19,5 +19,9 @@ ROWS = tuple(
         ("batched_one_launch", Config(32, 32, 64)),
         ("batched_extended", Config(32, 32, 64, group_m=2)),
         ("batched_chained", Config(32, 32, group_m=2)),
+        # As over a dense weight, so that the bits are too.
+        ("quantized_extended", Config(32, 64, 64, group_m=2, halves=True)),
+        ("quantized_batched_one_launch", Config(32, 32, 64)),
+        ("dequantize", Config(32, block_k=64)),
     )
 )

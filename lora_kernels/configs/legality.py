@@ -8,7 +8,7 @@ from lora_kernels.configs import INTERPRETER, Config
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may opt in to
 MAX_REGISTERS = 255  # of a thread
 MAX_RANK = {"single_pass": 64, "one_launch": 64, "dy_pass": 32}  # where it is not that of the package
-MAX_ROWS = {"batched_one_launch": 256}
+MAX_ROWS = dict.fromkeys(("batched_one_launch", "quantized_extended", "quantized_batched_one_launch"), 256)
 LONGEST_RANK = 512
 
 _TILE = ("block_m", "block_n", "block_k")
@@ -23,9 +23,12 @@ EXTENTS = {  # that a kernel's tile has
     "batched_one_launch": _TILE,
     "batched_extended": _TILE,
     "batched_chained": ("block_m", "block_n"),
+    "quantized_extended": _TILE,
+    "quantized_batched_one_launch": _TILE,
+    "dequantize": ("block_m", "block_k"),
 }
 KERNELS = tuple(EXTENTS)
-HALVES = ("extended", "single_pass", "one_launch")  # kernels that can store a tile in two halves
+HALVES = ("extended", "single_pass", "one_launch", "quantized_extended")  # kernels that can store a tile in two halves
 NO_DROPOUT = ("single_pass", "one_launch")
 
 

@@ -7,6 +7,7 @@ from lora_kernels.configs import Config, Row
 
 NUM_SMS = 148
 FLOPS, BANDWIDTH = 1800e12, 6.4e12  # B200, 80 % of the datasheet
+ISSUE = 148 * 128 * 1.85e9  # SMs, lanes that get an instruction, clock
 
 ROWS = (
     Row("shrink", Config(128, block_k=64, num_warps=8, num_stages=4)),
@@ -42,6 +43,13 @@ ROWS = (
         efficiency=0.1,
     ),
     Row("batched_extended", Config(32, 64, 32, num_warps=8, num_stages=3, max_registers=255), efficiency=0.5),
+    Row("quantized_extended", Config(16, 128, 128, num_warps=4, num_stages=4), max_m=16),
+    Row("quantized_extended", Config(16, 64, 128, num_warps=4, num_stages=4), max_m=16, efficiency=0.85),
+    Row("quantized_extended", Config(64, 128, 64, num_warps=4, num_stages=3), max_m=256),
+    Row("quantized_batched_one_launch", Config(16, 128, 128, num_warps=4, num_stages=4), max_m=16),
+    Row("quantized_batched_one_launch", Config(64, 128, 64, num_warps=8, num_stages=3), max_m=256),
+    Row("dequantize", Config(32, block_k=128, num_warps=4)),
+    Row("dequantize", Config(32, block_k=128, num_warps=4), itemsize=4),
     Row("shrink", Config(32, block_k=32, num_warps=8, num_stages=3), itemsize=4),
     Row("extended", Config(64, 64, 32, num_warps=8, num_stages=3), itemsize=4),
     Row("single_pass", Config(32, 64, 16, num_warps=4, num_stages=3), itemsize=4, max_rank=64),

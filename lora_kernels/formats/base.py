@@ -20,7 +20,7 @@ class QuantizedWeight(nn.Module):
 
     The first buffer holds the codes. Buffers keep their dtype whatever the module around them is cast to: an fp32 scale
     in bf16 would be another weight. A subclass has `name`, `VARIANTS`, `_quantize`, `_rows` and `options`; where a library
-    stores weights this way it has converters too. docs/formats.md shows how to add one.
+    stores weights this way it has converters too, and where a kernel reads them, `_tile`. docs/formats.md shows how to add one.
     """
 
     name: ClassVar[str]
@@ -69,6 +69,22 @@ class QuantizedWeight(nn.Module):
     def reasons_unsupported(cls, device: torch.device) -> list[str]:
         """Why a weight of this format cannot be dequantised on `device`; empty if it can."""
         return [] if device.type in ("cpu", "cuda") else [f"x is on {device}, expected cpu or cuda"]
+
+    def tile(self, capability: int) -> tuple[tuple, tuple] | str:
+        """What the function of this name in lora_kernels/kernels/weights.py takes on sm_`capability`, or why it cannot.
+
+        Its operands, and the constants that it is compiled for.
+        """
+        codes, *rest = self.state()
+        for tensor in (codes, *(t for t in rest if t.dim() < 2)):  # strides of a matrix of scales are no matter
+            if not tensor.is_contiguous():
+                return f"a state that lies in memory with strides {tensor.stride()}"
+        if codes.data_ptr() % 16 or codes.nbytes // self.shape[0] % 16 or codes.nbytes % self.shape[0]:
+            return "rows of codes that do not begin on 16-byte boundaries"
+        return self._tile(capability)
+
+    def _tile(self, capability: int) -> tuple[tuple, tuple] | str:
+        return "no kernel of its own"
 
     @classmethod
     @torch.no_grad()
@@ -124,7 +140,8 @@ class QuantizedWeight(nn.Module):
     @property
     def signature(self) -> tuple:
         """All that checks and dispatch read of it."""
-        return type(self), self.shape, self.device
+        codes = self.state()[0]
+        return type(self), self.shape, self.device, codes.data_ptr() % 16, codes.stride(), self.nbytes
 
     def like(self, dtype: torch.dtype) -> Tensor:
         """A tensor without data that looks as the dequantised weight will."""

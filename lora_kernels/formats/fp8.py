@@ -1,5 +1,7 @@
 """fp8: e4m3 values, and an fp32 scale for the tensor, each row, or each block of 128 x 128."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -7,6 +9,7 @@ from lora_kernels.formats.base import QuantizedWeight, cdiv, check_shape, check_
 
 E4M3_MAX = 448.0
 SCALINGS = ("tensor", "row", "block")
+NATIVE = 89  # the compute capability from which on there are instructions that convert e4m3
 
 
 class FP8Weight(QuantizedWeight):
@@ -58,6 +61,15 @@ class FP8Weight(QuantizedWeight):
             scale = scale.repeat_interleave(self.block[1], 1)[:, : self.shape[1]]
         return self.data[start:stop].float() * scale
 
+    def _tile(self, capability):
+        (n, k), (rows, columns) = self.shape, self.block
+        scale_n, scale_k = self.scale.stride()
+        if rows >= n:
+            rows, scale_n = 1, 0
+        table = None if capability >= NATIVE else _values(self.device)
+        layout = rows, columns if columns < k else 0
+        return (self.data.view(torch.uint8), self.scale, table, k, scale_n, scale_k), layout
+
     @classmethod
     def _quantize(cls, values, dtype, scaling="row", block=None):
         if scaling not in SCALINGS:
@@ -97,3 +109,10 @@ class FP8Weight(QuantizedWeight):
         if getattr(getattr(weight, "qdata", None), "dtype", None) == torch.float8_e4m3fn:
             return cls.from_torchao(weight)
         return None
+
+
+@functools.cache
+def _values(device):
+    """`[256]`: the value of each byte."""
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)

@@ -60,6 +60,11 @@ class Int4Weight(QuantizedWeight):
         )
         return unpack(self.packed[start:stop])[:, :k].sub(zero).mul_(scale)
 
+    def _tile(self, capability):
+        packed = self.packed.view(torch.uint8)
+        operands = (packed, self.scale, self.zero, packed.shape[1], *self.scale.stride(), *self.zero.stride())
+        return operands, (self.group_size,)
+
     @classmethod
     def _quantize(cls, values, dtype, group_size=128):
         _check_group_size(group_size)

@@ -28,6 +28,9 @@ class Int8Weight(QuantizedWeight):
     def _rows(self, start, stop):
         return self.data[start:stop] * self.scale[start:stop, None]
 
+    def _tile(self, capability):
+        return (self.data, self.scale, self.shape[1]), ()
+
     @classmethod
     def _quantize(cls, values, dtype):
         scale = safe_scale(values.abs().amax(1) / 127)

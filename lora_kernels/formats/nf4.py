@@ -4,6 +4,7 @@ Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:230
 """
 
 import functools
+import math
 import warnings
 from typing import NamedTuple
 
@@ -92,6 +93,11 @@ class NF4Weight(QuantizedWeight):
         groups = torch.arange(first, first + len(absmax), device=absmax.device) // NESTED_BLOCKSIZE
         return self.nested_code[absmax.int()] * self.nested_absmax[groups] + self.nested_offset
 
+    def _tile(self, capability):
+        nested = (self.nested_absmax, self.nested_code, self.nested_offset)
+        layout = self.blocksize, math.gcd(self.blocksize, self.shape[1])
+        return (self.packed, self.absmax, _code(self.device), *nested), layout
+
     def _rows(self, start, stop):
         size, k = self.blocksize, self.shape[1]
         first, end = start * k // size, stop * k
@@ -174,11 +180,17 @@ def _scaled_blocks(values, size):
 
 
 @functools.cache
+def _code(device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(CODE).to(device)
+
+
+@functools.cache
 def _pairs(device) -> Tensor:
     """`[256, 2]`: the two values of each byte, so that one lookup gives both."""
     with torch.inference_mode(False):
-        code = torch.tensor(CODE)
-        return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).to(device)
+        code = _code(device)
+        return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
 
 
 @functools.cache

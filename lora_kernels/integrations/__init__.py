@@ -1,6 +1,7 @@
 """Models that other libraries made: their LoRA layers run our operation, and everything else about them stays theirs."""
 
 import functools
+import importlib
 import os
 import sys
 import warnings
@@ -8,6 +9,15 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from torch import nn
+
+# A file here for each library, and the module of the library in which its LoRA layers are.
+LIBRARIES = {
+    "peft": "peft",
+    "loralib": "loralib",
+    "litgpt": "litgpt.lora",
+    "torchtune": "torchtune.modules.peft.lora",
+    "deepspeed": "deepspeed.linear.optimized_linear",
+}
 
 
 class Layer(NamedTuple):
@@ -52,14 +62,14 @@ def _lines(layers):
 def apply_lora_kernels_to_model(model: nn.Module, *, blocks: bool = False) -> Report:
     """Let the LoRA layers of `model` run fused, in place; those that cannot go on as they were, and the report says why.
 
-    model  has layers of PEFT (0.18 to 0.21) or of microsoft's loralib
-
+    model  has layers of PEFT (0.18 to 0.21), microsoft's loralib, LitGPT, torchtune or DeepSpeed
     blocks also run q, k and v of an attention block as one operation, and gate, up and down of an MLP: in Llama, Mistral, Qwen
            and Gemma models of transformers. Needs to be said again after adapters were added to other layers
 
-    Only the layers' class changes: parameters, state dict, hooks, saving, merging and switching adapters stay PEFT's. So
-    adapters can be added later, to other layers too. A call that cannot run fused (a hook on `lora_A`, say) runs PEFT's own
-    forward, with one warning for each reason; with LORA_KERNELS_STRICT=1 in the environment it raises instead.
+    Only the layers' class changes: parameters, state dict, hooks, saving, merging and switching adapters stay the library's
+    (but loralib's layers no longer merge on `eval()`). With PEFT, adapters can be added later, to other layers too.
+    A call that cannot run fused (a hook on `lora_A`, say) runs the library's own forward, with one warning for each reason;
+    with LORA_KERNELS_STRICT=1 in the environment it raises instead.
     A second call changes nothing, and reports what is true then.
 
     Raises TypeError if `model` is no module, ValueError if it has no LoRA layer, RuntimeError where LORA_KERNELS_STRICT is
@@ -68,12 +78,13 @@ def apply_lora_kernels_to_model(model: nn.Module, *, blocks: bool = False) -> Re
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     layers = []
-    if "peft" in sys.modules:  # else the model has none of its layers
-        from lora_kernels.integrations import peft
-
-        layers += peft.fuse(model)
+    for name, theirs in LIBRARIES.items():
+        if theirs in sys.modules:  # else the model has none of its layers
+            layers += importlib.import_module(f"lora_kernels.integrations.{name}").fuse(model)
     if not layers:
-        raise ValueError("model: has no LoRA layer of PEFT; add one with peft.get_peft_model first")
+        raise ValueError(
+            f"model: has no LoRA layer of {', '.join(LIBRARIES)}; add one first, with peft.get_peft_model for example"
+        )
     found = ()
     if blocks and "transformers" in sys.modules:
         from lora_kernels.integrations import transformers
@@ -97,13 +108,18 @@ def patch_peft() -> AbstractContextManager:
 
 def unpatch_peft(model: nn.Module | None = None) -> None:
     """End `patch_peft()`: models made from now on are PEFT's own. With a `model`, give it its own layers back instead."""
-    from lora_kernels.integrations import peft, transformers
+    if model is not None:
+        from lora_kernels.integrations import linears
 
-    if model is None:
-        peft.unpatch()
-    else:
-        transformers.unfuse(model)
-        peft.unfuse(model)
+        linears.unfuse(model)
+    if model is None or "peft" in sys.modules:
+        from lora_kernels.integrations import peft, transformers
+
+        if model is None:
+            peft.unpatch()
+        else:
+            transformers.unfuse(model)
+            peft.unfuse(model)
 
 
 def fall_back(reason: str) -> None:

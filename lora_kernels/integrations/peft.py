@@ -77,7 +77,7 @@ class Fused:
         lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
         check_call(self, x, weight, lora_a)
         for name in names:
-            lora_bias = self.adapter_bias(name)
+            lora_bias = self.bias_of_b(name)
             if lora_bias is not None:
                 term = (lora_bias * self.scaling[name]).to(weight.dtype)
                 bias = term if bias is None else bias + term
@@ -97,11 +97,11 @@ class Fused:
             return self._modules["base_layer"](x)
         for name, (lora_a, lora_b, _, dropout_p) in adapters.items():
             check_call(self, x, weight, lora_a)
-            if dropout_p > 0.0 or self.adapter_bias(name) is not None:
+            if dropout_p > 0.0 or self.bias_of_b(name) is not None:
                 raise NotFused("a mixed batch with dropout or lora_bias")
             if torch.is_grad_enabled() and (x.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
                 raise NotFused("a mixed batch with gradients; call it under torch.inference_mode()")
-        if torch.compiler.is_compiling() or weight.dtype != x.dtype or _casts(x):
+        if torch.compiler.is_compiling() or weight.dtype != x.dtype or casts(x):
             raise NotFused("a mixed batch under torch.compile, or under autocast to another dtype")
         return lora_linear_batched(x, weight, _stacked(adapters, slots, x), plan, bias=bias)
 
@@ -150,8 +150,8 @@ class Fused:
             raise NotFused(f"lora_dropout is {dropout}")
         return *weights, self.scaling[name], dropout_p
 
-    def adapter_bias(self, name):
-        """The bias of an adapter's B; its A has none."""
+    def bias_of_b(self, name):
+        """What `lora_bias` adds to an adapter's B; its A has none."""
         return _parameter("lora_B", sharding.unwrapped(self._modules["lora_B"]._modules[name]), "bias")
 
     def extra_repr(self) -> str:
@@ -289,7 +289,7 @@ def _autocasts(x) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
 
 
-def _casts(x) -> bool:
+def casts(x) -> bool:
     """Whether autocast would give the result another dtype than x's."""
     return _autocasts(x) and torch.get_autocast_dtype(x.device.type) is not x.dtype
 

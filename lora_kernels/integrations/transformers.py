@@ -15,7 +15,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.integrations import Layer
-from lora_kernels.integrations.peft import FusedLinear, NotFused, check_call, check_hooks, fall_back, reason_not_fused
+from lora_kernels.integrations.peft import Fused, NotFused, casts, check_call, check_hooks, fall_back, reason_not_fused
 
 # Their attention blocks have q_proj, k_proj and v_proj of one x; their MLPs are down_proj(act_fn(gate_proj(x)) * up_proj(x)).
 ARCHITECTURES = {
@@ -36,18 +36,19 @@ class Together:
 
     def result(self, layer, x):
         """What `layer` makes of x, or None where it has to do that alone."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _is_active(layer):
             return None
         if self.x is not x or layer not in self.ys:
             self.x, self.ys = None, {}
+            layers = [each for each in self.layers if _is_active(each)]
+            if len(layers) < 2:
+                return None
             try:
-                for each in self.layers:
-                    _check_layer(each)
-                projections = [Projection(*each.operands(x)) for each in self.layers]
+                projections = [_projection(each, x) for each in layers]
             except NotFused as reason:
                 fall_back(f"q, k and v as one: {reason.args[0]}")
                 return None
-            self.x, self.ys = x, dict(zip(self.layers, lora_projections(x, projections), strict=True))
+            self.x, self.ys = x, dict(zip(layers, lora_projections(x, projections), strict=True))
         y = self.ys.pop(layer)
         if not self.ys:
             self.x = None
@@ -64,7 +65,7 @@ class FusedMLP:
         if not torch.compiler.is_compiling():  # which sees one operator a layer, and fuses what is between them
             try:
                 layers = [self._modules[name] for name in GATED]
-                if any(isinstance(layer, FusedLinear) and _is_active(layer) for layer in layers):
+                if any(map(_is_active, layers)):
                     return lora_mlp(x, *(_projection(layer, x) for layer in layers), activation=_activation(self))
             except NotFused as reason:
                 fall_back(f"gate, up and down as one: {reason.args[0]}")
@@ -72,24 +73,30 @@ class FusedMLP:
 
 
 def _projection(layer, x) -> Projection:
-    if isinstance(layer, FusedLinear):
-        _check_layer(layer)
-        return Projection(*layer.operands(x))
-    if type(layer) is not nn.Linear:
-        raise NotFused(f"a layer is a {type(layer).__name__}")
-    check_hooks("a layer without adapter", layer)
-    check_call(layer, x, layer.weight, x)
-    return Projection(layer.weight, bias=layer.bias)
-
-
-def _check_layer(layer):
     check_hooks("a layer", layer)
-    if not _is_active(layer):
-        raise NotFused("a layer's adapter is disabled, merged or not active")
+    if _is_active(layer):
+        projection = Projection(*layer.operands(x))
+        if not isinstance(projection.weight, Tensor) and casts(x):
+            raise NotFused("a quantised base under autocast to another dtype")
+        return projection
+    if isinstance(layer, Fused):
+        if layer._disable_adapters or layer.merged_adapters:
+            raise NotFused("one layer's adapter is disabled or merged, another's is not")
+        weight, bias = layer.weight_and_bias()
+    elif type(layer) is nn.Linear:
+        weight, bias = layer.weight, layer.bias
+    else:
+        raise NotFused(f"a layer is a {type(layer).__name__}")
+    check_call(layer, x, weight, x)
+    return Projection(weight, bias=bias)
 
 
 def _is_active(layer) -> bool:
-    return not (layer._disable_adapters or layer.merged_adapters) and bool(layer.active_names())
+    return (
+        isinstance(layer, Fused)
+        and not (layer._disable_adapters or layer.merged_adapters)
+        and any(layer.active_names())
+    )
 
 
 def _activation(mlp) -> str:
@@ -104,7 +111,7 @@ def fuse(model: nn.Module) -> Iterator[Layer]:
     for name, module in model.named_modules():
         for parts, what in ((QKV, "q, k and v"), (GATED, "gate, up and down")):
             layers = [module._modules.get(part) for part in parts]
-            if all(layers) and any(isinstance(layer, FusedLinear) for layer in layers):
+            if all(layers) and any(isinstance(layer, Fused) for layer in layers):
                 reason = _fuse_mlp(module, layers) if parts is GATED else _fuse_qkv(module, layers)
                 yield Layer(name, f"{type(module).__name__.removeprefix('Fused')}, {what}", reason)
 
@@ -112,13 +119,13 @@ def fuse(model: nn.Module) -> Iterator[Layer]:
 def _fuse_qkv(module, layers) -> str | None:
     if not _is_known(type(module), "Attention"):
         return "no attention block that we know"
-    adapted = tuple(layer for layer in layers if isinstance(layer, FusedLinear))
+    adapted = tuple(layer for layer in layers if isinstance(layer, Fused))
     if len(adapted) < 2:
         return "one of its projections has an adapter only"
     together = Together(adapted)
     for layer in adapted:
         layer.together = together
-    return _reason(_check_layer, adapted)
+    return _reason(adapted)
 
 
 def _fuse_mlp(module, layers) -> str | None:
@@ -126,17 +133,21 @@ def _fuse_mlp(module, layers) -> str | None:
         if not _is_known(type(module), "MLP"):
             return "no MLP that we know"
         module.__class__ = _fused_class(type(module))
-    reason = _reason(lambda mlp: _activation(mlp), (module,))
-    return reason or _reason(_check_layer, [layer for layer in layers if isinstance(layer, FusedLinear)])
+    try:
+        _activation(module)
+    except NotFused as reason:
+        return reason.args[0]
+    return _reason(layers)
 
 
-def _reason(check, modules) -> str | None:
-    for module in modules:
+def _reason(layers) -> str | None:
+    """Why some of `layers` cannot be part of a block."""
+    for layer in layers:
         try:
-            check(module)
+            check_hooks("a layer", layer)
         except NotFused as reason:
             return reason.args[0]
-        if isinstance(module, FusedLinear) and (reason := reason_not_fused(module)):
+        if isinstance(layer, Fused) and (reason := reason_not_fused(layer)):
             return reason
     return None
 

@@ -12,7 +12,7 @@ read on the device; the loops follow them, and what lies past a rank is never us
 import triton
 import triton.language as tl
 
-from lora_kernels.kernels.tile import grouped_tile, load_tile, load_weight, store_tile
+from lora_kernels.kernels.tile import grouped_tile, load_tile, store_tile
 
 NO_SLOT = tl.constexpr(2**31 - 1)
 
@@ -64,15 +64,15 @@ def locate_columns(tile, widths, BLOCK_N: tl.constexpr):
 @triton.jit
 def base_tile(
     x, w, m, n, M, N, K, stride_xm, stride_w, first_k, step_k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KN: tl.constexpr, X_TMA: tl.constexpr,
-    W_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOAD: tl.constexpr, LAYOUT: tl.constexpr,
+    X_TMA: tl.constexpr, W_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`x w` for one tile, over the K blocks at `first_k, first_k + step_k, ...`."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for i in range(tl.maximum(tl.cdiv(K - first_k, step_k), 1)):  # a zero-trip loop would serialise wgmma
         k = first_k + i * step_k
         x_tile = load_tile(x, m, k, M, K, stride_xm, BLOCK_M, BLOCK_K, X_TMA)
-        w_tile = load_weight(w, n, k, N, K, stride_w, BLOCK_N, BLOCK_K, KN, W_TMA)
+        w_tile = LOAD(w, n, k, N, K, stride_w, BLOCK_N, BLOCK_K, LAYOUT, W_TMA).to(x_tile.dtype)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
 
@@ -205,9 +205,9 @@ def batched_extended_kernel(
     x, w, b, bias, y, slots, weights, first_row, ranks, scalings, planes, widths, M, N, K, R_MAX, num_slots,
     stride_xm, stride_w, stride_bn, stride_br,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr,
-    DTYPE: tl.constexpr, KN: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
-    Y_TMA: tl.constexpr, ADAPTERS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, LOAD: tl.constexpr, LAYOUT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr, Y_TMA: tl.constexpr, ADAPTERS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`y = x w + bias` and each row's own adapters, from the planes of h; persistent.
 
@@ -221,8 +221,8 @@ def batched_extended_kernel(
         end = start + pick(widths, slice)
         if HAS_BASE:
             acc = base_tile(
-                x, w, m, start + n, M, N, K, stride_xm, stride_w, 0, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, KN, TMA, TMA,
-                ACC, PRECISION,
+                x, w, m, start + n, M, N, K, stride_xm, stride_w, 0, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, LOAD, LAYOUT,
+                TMA, TMA, ACC, PRECISION,
             )  # fmt: skip
         else:
             acc = load_tile(y, m, start + n, M, end, N, BLOCK_M, BLOCK_N, False).to(ACC)

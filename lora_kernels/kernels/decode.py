@@ -89,9 +89,9 @@ def batched_one_launch_kernel(
     x, w, a, b, bias, y, slots, weights, order, segment, distinct, first_row, ranks, scalings, planes, spill,
     arrived, state, widths, M, N, K, R_MAX, num_slots, SHRINKS, stride_xm, stride_w, stride_bn, stride_br,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, DTYPE: tl.constexpr, KN: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
-    Y_TMA: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, COLUMNS: tl.constexpr, ADAPTERS: tl.constexpr,
-    BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, DTYPE: tl.constexpr, LOAD: tl.constexpr, LAYOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr, Y_TMA: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    ADAPTERS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The shrink in the first SHRINKS programs, a PARTS-th of the K blocks of a tile's GEMM in each of the others.
 
@@ -126,7 +126,7 @@ def batched_one_launch_kernel(
         _, start, _ = locate_columns(tile // tiles_m, widths, BLOCK_N)
         acc = base_tile(
             x, w, tile % tiles_m * BLOCK_M, start + n, M, N, K, stride_xm, stride_w, part * BLOCK_K, PARTS * BLOCK_K,
-            BLOCK_M, BLOCK_N, BLOCK_K, KN, False, TMA, ACC, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, LOAD, LAYOUT, False, TMA, ACC, PRECISION,
         )  # fmt: skip
         last = False
         if PARTS == 1:

@@ -24,8 +24,8 @@ from lora_kernels.kernels.tile import (
 def extended_kernel(
     x, w, h, b, bias, y, seed, threshold, keep_scale, M, N, K, R, stride_xm, stride_w, stride_br, stride_bn, stride_ym,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
-    GROUP_M: tl.constexpr, HALVES: tl.constexpr, KN: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    GROUP_M: tl.constexpr, HALVES: tl.constexpr, LOAD: tl.constexpr, LAYOUT: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """`y = x w + drop(h b) + bias`, persistent; `h` was computed before. DROPOUT masks the LoRA term only, as dX needs."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -35,7 +35,7 @@ def extended_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for i in range(tl.maximum(tl.cdiv(K, BLOCK_K), 1)):  # a zero-trip loop would serialise wgmma (ptxas C7515)
             x_tile = load_tile(x, m, i * BLOCK_K, M, K, stride_xm, BLOCK_M, BLOCK_K, TMA)
-            w_tile = load_weight(w, n, i * BLOCK_K, N, K, stride_w, BLOCK_N, BLOCK_K, KN, TMA)
+            w_tile = LOAD(w, n, i * BLOCK_K, N, K, stride_w, BLOCK_N, BLOCK_K, LAYOUT, TMA).to(x_tile.dtype)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:
             zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)

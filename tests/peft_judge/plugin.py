@@ -36,7 +36,8 @@ class EveryModel(collections.Counter):
 
 
 def pytest_collection_finish():
-    sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES = EveryModel()
+    if utilities := sys.modules.get("tests.testing_utils"):
+        utilities._HUB_MODEL_ACCESSES = EveryModel()
 
 
 def pytest_runtest_logreport(report):
