@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels import autograd, dispatch, ops
+from lora_kernels import autograd, dispatch, ops, sharding
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.formats import QuantizedWeight
 
@@ -62,6 +62,10 @@ def lora_linear(
     if chosen is None:
         _check(x, weight, lora_a, lora_b, bias, backend, strategy)
     _check_values(x, weight, scaling, dropout_p)
+    if dropout_p > 0.0 and sharding.is_dtensor(x):
+        raise NotImplementedError(
+            "dropout_p: no dropout on DTensors yet, whose mask would have to be that of the whole x"
+        )
     if autocasts:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -282,6 +286,9 @@ def _check_tensors(tensors):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if sharding.is_dtensor(tensor) != sharding.is_dtensor(tensors["x"]):
+            got, expected = ("a DTensor", "plain") if sharding.is_dtensor(tensor) else ("a plain tensor", "a DTensor")
+            raise TypeError(f"{name}: got {got}, expected {expected} one, as x")
         if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
             raise TypeError(f"{name}: got a {kind}, expected a dense one (call .to_dense() or pad it)")

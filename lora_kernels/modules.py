@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import formats, functional
+from lora_kernels import formats, functional, sharding
 from lora_kernels.formats import QuantizedWeight
 
 
@@ -126,6 +126,9 @@ class LoRALinear(nn.Module):
         if self.merged:
             linear = nn.functional.linear if isinstance(self.merged_weight, Tensor) else functional.quantized_linear
             return linear(x, self.merged_weight, self.bias)
+        return sharding.inside((self.lora_A, self.lora_B), x, self._fused)
+
+    def _fused(self, x):
         return functional.lora_linear(
             x,
             self.weight,

@@ -10,7 +10,7 @@ because crossing the dispatcher costs more than launching the kernel.
 import torch
 from torch import Tensor
 
-from lora_kernels import dispatch
+from lora_kernels import dispatch, sharding
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.autograd import autocasts, bias_gradient, no_double_backward
 from lora_kernels.backends.dequantized import dense
@@ -50,7 +50,11 @@ quantized_linear = torch.ops.lora_kernels.quantized_linear
 
 def must_trace(x: Tensor) -> bool:
     """Whether something watches the dispatcher (compile, export, fake tensors, selective checkpointing, a subclass)."""
-    return type(x) not in PLAIN or torch.compiler.is_compiling() or _dispatch_modes() > 0
+    if type(x) not in PLAIN:
+        if sharding.is_dtensor(x):
+            from lora_kernels import dtensor  # noqa: F401  the sharding rules
+        return True
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0
 
 
 def parts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, tuple]:
@@ -148,12 +152,14 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, _):
     x, h, weight, lora_a, lora_b, scaling, seed, bias, *scales = ctx.saved_tensors
     needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
-    needs = [needs_x, needs_a, needs_b]
+    # DTensor remembers the shapes of results by those of the tensors, whatever `needs` says.
+    needs = [True] * 3 if sharding.is_dtensor(dy) else [needs_x, needs_a, needs_b]
     grads = lora_linear_backward(
         dy, x, h, weight, lora_a, lora_b, scaling, ctx.dropout_p, seed, needs, *ctx.static, *scales
     )
     dx, da, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
+    da, db = sharding.placed_as(da, lora_a), sharding.placed_as(db, lora_b)
+    dbias = sharding.placed_as(bias_gradient(dy).to(bias.dtype), bias) if needs_bias else None
     return dx, None, dbias, da, db, *[None] * (3 + len(ctx.static) + len(scales))
 
 

@@ -15,10 +15,10 @@ ARGUMENTS = {"finetune_tiny.py": ["--steps", "40"], "trainer_finetune.py": ["--s
 WITH_SMOLLM2 = ("trainer_finetune", "serve_many_adapters")
 
 
-def run(name, *more):
+def run(name, *more, launcher=()):
     root = str(EXAMPLES.parent)
     environment = os.environ | {"PYTHONPATH": root, "LORA_KERNELS_BACKEND": "eager"}
-    command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, []), *more]
+    command = [sys.executable, *launcher, str(EXAMPLES / name), *ARGUMENTS.get(name, []), *more]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -49,6 +49,14 @@ def test_peft_dropin():
     assert "2 of 2 adapted layers run fused" in said and max(apart, reloaded) < 1e-5
     rows = [float(norm) for norm in re.search(r"mixed batch: (.*)", said)[1].split(", ")]
     assert len(set(rows)) == 3
+
+
+def test_fsdp2_finetune():
+    pytest.importorskip("peft")
+    said = run("fsdp2_finetune.py", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    first, last = map(float, re.search(r"on 2 processes ([\d.]+) -> ([\d.]+)", said).groups())
+    assert "4 of 4 adapted layers run fused" in said and last < first / 2
+    assert float(re.search(r"\d\.\de[+-]\d\d", said)[0]) < 1e-4
 
 
 @pytest.mark.parametrize("name", WITH_SMOLLM2)

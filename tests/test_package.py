@@ -20,12 +20,14 @@ TOOLS = {"__main__", "demo", "gate_cases", "machine_code", "static_gate", "testi
 ALLOWED = {
     "__init__": {"adapters", "blocks", "dispatch", "functional", "integrations", "modules"},
     "adapters": {"adapters", "formats", "functional", "modules", "torch", "safetensors"},
-    "integrations": {"__init__", "formats", "integrations", "torch"}
+    "integrations": {"__init__", "formats", "integrations", "sharding", "torch"}
     | {"bitsandbytes", "deepspeed", "litgpt", "loralib", "peft", "torchtune", "transformers"},
     "blocks": {"autograd", "backends", "blocks", "dispatch", "formats", "functional", "modules", "ops", "torch"},
-    "modules": {"formats", "functional", "torch"},
-    "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
-    "ops": {"adapters", "autograd", "backends", "dispatch", "formats", "torch"},
+    "modules": {"formats", "functional", "sharding", "torch"},
+    "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "sharding", "torch"},
+    "ops": {"adapters", "autograd", "backends", "dispatch", "dtensor", "formats", "sharding", "torch"},
+    "dtensor": {"torch"},
+    "sharding": {"torch"},
     "autograd": {"backends", "dispatch", "torch"},
     "dispatch": {"backends", "configs", "formats", "roofline", "torch"},
     "roofline": set(),

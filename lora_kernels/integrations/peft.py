@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import BatchPlan, LayerAdapters, integrations, lora_linear, lora_linear_batched
+from lora_kernels import BatchPlan, LayerAdapters, integrations, lora_linear, lora_linear_batched, sharding
 from lora_kernels.integrations import Layer
 
 if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 18):
@@ -56,12 +56,22 @@ class Fused:
             return self._mixed(x, adapter_names)
         if not self.active_names():
             return self._modules["base_layer"](x)
-        weight, lora_a, lora_b, scaling, bias, dropout_p = self.operands(x)
+        return sharding.inside(self.parts(self.active_names()), x, self._active)
+
+    def _active(self, x):
+        weight, lora_a, lora_b, scaling, bias, dropout_p = self._operands(x)
+        if dropout_p > 0.0 and sharding.is_dtensor(x):
+            raise NotFused("dropout on DTensors")
         y = lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
         return y if isinstance(weight, Tensor) else y.to(x.dtype)  # bitsandbytes returns that under autocast too
 
     def operands(self, x):
         """`(weight [N,K], lora_a [R,K], lora_b [N,R], scaling, bias, dropout_p)` of the active adapters, for x."""
+        if sharding.is_dtensor(x) or any(map(sharding.gathered, self.parts(self.active_names()))):
+            raise NotFused("the weights are sharded")
+        return self._operands(x)
+
+    def _operands(self, x):
         weight, bias = self.weight_and_bias()
         names = self.active_names()
         lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
@@ -79,6 +89,9 @@ class Fused:
         weight, bias = self.weight_and_bias()
         slots, plan = _batch(tuple(names), x.shape[1:-1].numel(), x.device)
         present = self._modules["lora_A"]._modules
+        parts = self.parts(name for name in slots if name in present)
+        if sharding.is_dtensor(x) or any(map(sharding.gathered, parts)):
+            raise NotFused("a mixed batch with sharded weights")
         adapters = {name: self.adapter(name) for name in slots if name in present}
         if not adapters:
             return self._modules["base_layer"](x)
@@ -97,15 +110,23 @@ class Fused:
         active, present = self._active_adapter, self._modules["lora_A"]._modules
         return [name for name in ((active,) if isinstance(active, str) else active) if name in present]
 
+    def parts(self, names) -> list[nn.Module]:
+        """The modules that hold the weights of the layer and its adapters `names`."""
+        parts = [("the base layer", self._modules["base_layer"])]
+        parts += [(part, self._modules[part]._modules[name]) for name in names for part in ("lora_A", "lora_B")]
+        for what, module in parts:
+            if not sharding.is_itself(module):
+                raise NotFused(f"{what} has a hook, or a forward of its own")
+        return [module for _, module in parts]
+
     def weight_and_bias(self):
         """The base layer's `weight [N,K]` and bias."""
-        base = self._modules["base_layer"]
-        kind, quantised = type(base), _bitsandbytes()
+        base, quantised = sharding.unwrapped(self._modules["base_layer"]), _bitsandbytes()
+        kind = sharding.kind(base)
         if quantised is not None and kind in quantised.KINDS:
             return quantised.weight_and_bias(base)
         if kind is not nn.Linear and kind is not Conv1D:
             raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
-        check_hooks("the base layer", base)
         weight, bias = _parameter("the base layer", base, "weight"), _parameter("the base layer", base, "bias")
         return weight if kind is nn.Linear else weight.mT, bias
 
@@ -115,10 +136,9 @@ class Fused:
             raise NotFused(f"{type(self.lora_variant[name]).__name__} has no kernel")
         weights = []
         for part in ("lora_A", "lora_B"):
-            module = self._modules[part]._modules[name]
-            if type(module) is not nn.Linear:
+            module = sharding.unwrapped(self._modules[part]._modules[name])
+            if sharding.kind(module) is not nn.Linear:
                 raise NotFused(f"{part} is a {type(module).__name__}")
-            check_hooks(part, module)
             weights.append(_parameter(part, module, "weight"))
         if weights[0].shape[0] > MAX_RANK:
             raise NotFused(f"the rank is {weights[0].shape[0]}, more than {MAX_RANK}")
@@ -132,7 +152,7 @@ class Fused:
 
     def bias_of_b(self, name):
         """What `lora_bias` adds to an adapter's B; its A has none."""
-        return _parameter("lora_B", self._modules["lora_B"]._modules[name], "bias")
+        return _parameter("lora_B", sharding.unwrapped(self._modules["lora_B"]._modules[name]), "bias")
 
     def extra_repr(self) -> str:
         return "fused by lora_kernels"
@@ -162,17 +182,21 @@ def _classes() -> dict[type, type]:
 
 def combined(adapters):
     """Several adapters as one: the sum of their terms is one term of their ranks' sum."""
+    _check_sum(adapters)
     if len(adapters) == 1 and _is_constant(adapters[0][2]):
         return adapters[0]
-    if len(adapters) > 1 and any(dropout_p > 0.0 for *_, dropout_p in adapters):
-        raise NotFused("several active adapters with dropout: each has random numbers of its own")
-    if sum(lora_a.shape[0] for lora_a, *_ in adapters) > MAX_RANK:
-        raise NotFused(f"the ranks of the active adapters add up to more than {MAX_RANK}")
     # What lora_linear's scaling cannot be (negative, trained, another one for each adapter) can be a part of A.
     dtype = torch.promote_types(adapters[0][0].dtype, torch.float32)
     lora_a = torch.cat([lora_a.to(dtype) * scaling for lora_a, _, scaling, _ in adapters])
     lora_b = torch.cat([lora_b.to(dtype) for _, lora_b, _, _ in adapters], 1)
     return lora_a, lora_b, 1.0, adapters[0][3]
+
+
+def _check_sum(adapters):
+    if len(adapters) > 1 and any(dropout_p > 0.0 for *_, dropout_p in adapters):
+        raise NotFused("several active adapters with dropout: each has random numbers of its own")
+    if sum(lora_a.shape[0] for lora_a, *_ in adapters) > MAX_RANK:
+        raise NotFused(f"the ranks of the active adapters add up to more than {MAX_RANK}")
 
 
 def _is_constant(scaling) -> bool:
@@ -226,17 +250,20 @@ def check_hooks(what, module):
 
 
 def _parameter(what, module, name):
-    parameter = module._parameters.get(name)
-    if type(parameter) not in (nn.Parameter, Tensor) and not (parameter is None and name == "bias"):
-        kind = "parametrised or sharded" if parameter is None else f"a {type(parameter).__name__}"
+    parameter = module._parameters.get(name, module.__dict__.get(name))  # where FSDP1 has its views
+    plain = type(parameter) in (nn.Parameter, Tensor) or sharding.is_dtensor(parameter)
+    if not plain and not (parameter is None and name == "bias"):
+        kind = "parametrised" if parameter is None else f"a {type(parameter).__name__}"
         raise NotFused(f"the {name} of {what} is {kind}, not a plain tensor")
     return parameter
 
 
 def check_call(layer, x, weight, lora_a):
     """Whether this x can run fused, here and now."""
-    if type(x) not in (Tensor, nn.Parameter):
+    if type(x) not in (Tensor, nn.Parameter) and not sharding.is_dtensor(x):
         raise NotFused(f"x is a {type(x).__name__}")
+    if not sharding.is_dtensor(x) is sharding.is_dtensor(weight) is sharding.is_dtensor(lora_a):
+        raise NotFused("x, the base weight and the adapter are not all DTensors")
     if x.is_nested or x.is_meta or x.layout is not torch.strided:
         raise NotFused("x is nested, sparse or on the meta device")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -291,6 +318,8 @@ def _swap(model, classes):
 def reason_not_fused(module) -> str | None:
     """Why `module` cannot run fused with its active adapters, or with all of them if none is."""
     if not isinstance(module, Fused):
+        if sharding.kind(module) is not type(module):
+            return "call us before fully_shard"
         quantised = _bitsandbytes()
         int8 = quantised is not None and isinstance(module, quantised.bnb.Linear8bitLt)
         return quantised.QUANTISES_X if int8 else "no kernel for this class"
@@ -298,8 +327,10 @@ def reason_not_fused(module) -> str | None:
     if own_forward is not None and getattr(own_forward, "__func__", None) is not Fused.forward:
         return "it has a forward of its own"
     try:
+        names = module.active_names() or list(module.lora_A)
+        module.parts(names)
         weight, _ = module.weight_and_bias()
-        combined([module.adapter(name) for name in module.active_names() or module.lora_A])
+        _check_sum([module.adapter(name) for name in names])
     except NotFused as reason:
         return reason.args[0]
     return "the base weight trains" if weight.requires_grad else None
