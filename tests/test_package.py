@@ -22,7 +22,7 @@ ALLOWED = {
     "adapters": {"adapters", "formats", "functional", "modules", "torch", "safetensors"},
     "integrations": {"__init__", "formats", "integrations", "torch"}
     | {"bitsandbytes", "deepspeed", "litgpt", "loralib", "peft", "torchtune", "transformers"},
-    "blocks": {"autograd", "backends", "blocks", "dispatch", "formats", "functional", "modules", "ops", "torch"},
+    "blocks": {"autograd", "backends", "blocks", "dispatch", "formats", "functional", "modules", "ops", "torch", "vllm"},
     "modules": {"formats", "functional", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "torch"},
     "ops": {"adapters", "autograd", "backends", "dispatch", "formats", "torch"},

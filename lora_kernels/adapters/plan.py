@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
 NO_SLOT = torch.iinfo(torch.int32).max
 
 
