@@ -93,9 +93,10 @@ $(VENV)/judge: $(VENV)/dev requirements/judge.txt
 	  "$$(grep ^peft== requirements/dev.txt)"
 	@touch $@
 
-$(VENV)/integrations: $(VENV)/dev requirements/integrations.txt
+$(VENV)/integrations: $(VENV)/dev requirements/integrations.txt requirements/engines.txt
 	$(PIP) -c requirements/torch.txt -c requirements/dev.txt -r requirements/integrations.txt
 	$(PIP) --no-deps -r requirements/triton.txt
+	$(PIP) --no-deps -r requirements/engines.txt
 	@touch $@
 
 $(VENV)/demo: $(VENV)/dev requirements/demo.txt

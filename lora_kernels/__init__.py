@@ -6,7 +6,7 @@ from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.adapters.pool import AdapterPool, PoolFullError
 from lora_kernels.blocks import LoRAMLP, LoRAQKV, Projection, lora_mlp, lora_projections
 from lora_kernels.dispatch import explain
-from lora_kernels.functional import lora_linear, lora_linear_batched
+from lora_kernels.functional import add_lora_batched, lora_linear, lora_linear_batched
 from lora_kernels.integrations import apply_lora_kernels_to_model, patch_peft, unpatch_peft
 from lora_kernels.modules import LoRALinear, apply_lora, trainable_parameters
 
@@ -21,6 +21,7 @@ __all__ = [
     "LoRAQKV",
     "PoolFullError",
     "Projection",
+    "add_lora_batched",
     "apply_lora",
     "apply_lora_kernels_to_model",
     "attach_pool",

@@ -68,6 +68,9 @@ class Plan(NamedTuple):
     def forward(self, *args):
         return self.backend.forward(*args, self.strategy)
 
+    def add(self, *args):
+        return self.backend.add(*args)
+
     def backward(self, *args):
         return self.backend.backward(*args, self.strategy)
 
@@ -85,12 +88,16 @@ def plan_for(x, weight, lora_a, lora_b, dropout_p, backend=None, strategy=None) 
 
 
 def batched_plan_for(x, weight, adapters, plan, backend=None, strategy=None) -> Plan:
-    """The plan for `x [M,K]`, `weight [N,K]` and the adapters of y's slices; only `forward` applies."""
-    (n, k), goal = weight.shape, triton.target(x.device)
+    """The plan for `x [M,K]`, `weight [N,K]` and the adapters of y's slices; only `forward` applies.
+
+    Without a weight the adapters are added to what is there: then only `add` applies.
+    """
+    n, k, goal = sum(s.b.shape[1] for s in adapters), x.shape[1], triton.target(x.device)
     distinct = min(len(adapters[0].ranks), max(plan.slots.numel(), 1))
+    read = x if weight is None else _dense(weight, x)
     problem = Problem(
         x.shape[0], n, k, max(s.max_rank for s in adapters), x.dtype, x.dtype, False, x.device.type, goal.capability,
-        goal.num_sms, triton.tma_applies(x, _dense(weight, x)), uses_tf32(x.dtype), distinct, goal.name,
+        goal.num_sms, triton.tma_applies(x, read), uses_tf32(x.dtype), distinct, goal.name,
         **_format(weight, n, goal),
     )  # fmt: skip
     return choose(problem, _asked_for(backend, problem), strategy)

@@ -139,6 +139,46 @@ def lora_linear_batched(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
+def add_lora_batched(
+    y: Tensor,
+    x: Tensor,
+    adapters: LayerAdapters | Sequence[LayerAdapters],
+    plan: BatchPlan,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """What `lora_linear_batched` adds to the base layer's `y`, in place: for base layers that it cannot run. Inference.
+
+    y         `[..., N]`, x's dtype; a slice of a larger matrix's columns too: elements of a row must lie side by side
+    x, adapters, plan, backend  as in `lora_linear_batched`
+
+    Returns y. It is rounded twice, once by the base layer. Raises TypeError or ValueError for arguments that break the
+    above, NotImplementedError where something needs a gradient, or for a backend that cannot run this.
+
+    >>> y, x = torch.ones(2, 32), torch.randn(2, 64)
+    >>> adapters = LayerAdapters(torch.randn(1, 8, 64), torch.randn(1, 32, 8), torch.ones(1).int(), torch.ones(1))
+    >>> y = add_lora_batched(y, x, adapters, BatchPlan(torch.tensor([0, -1], dtype=torch.int32)))
+    >>> y[0].eq(1.0).all().item(), y[1].eq(1.0).all().item()
+    (False, True)
+    """
+    adapters = (adapters,) if isinstance(adapters, LayerAdapters) else tuple(adapters)
+    if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1] or (y.shape[-1] > 1 and y.stride(-1) != 1):
+        got = f"shape {list(y.shape)}, strides {y.stride()}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y: got {got}, expected a tensor {[*x.shape[:-1], 'N']}, as x, with columns side by side")
+    weight = y.new_empty(()).expand(y.shape[-1], x.shape[-1])  # what the base layer's must have looked like
+    _check_batched(x, weight, adapters, plan, None)
+    _check_frozen(x, y, adapters, None)
+    rows = y.view(-1, y.shape[-1])
+    ops.add_lora_batched(
+        rows,
+        x.reshape(-1, x.shape[-1]),
+        *map(list, zip(*(s.fields for s in adapters), strict=True)),
+        *plan.parts,
+        backend,
+    )
+    return y
+
+
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """`F.linear` for a quantised weight, autocast and gradients of x and bias included; as a merged layer needs it."""
     _check_quantized(weight, x)

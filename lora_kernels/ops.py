@@ -1,9 +1,10 @@
 """The registered operators: what torch.compile, torch.export and selective checkpointing see as one node.
 
 `lora_kernels::lora_linear(x [M,K], weight [N,K], bias [N]?, lora_a [R,K], lora_b [N,R], scaling [], dropout_p,
-seed []?, backend?, strategy?) -> (y [M,N], h [M,R])`, and its backward; `lora_linear_batched`, with `LayerAdapters` and
-`BatchPlan` taken apart; `quantized_linear`, the base layer alone. A quantised weight is taken apart too, by `parts`: `weight`
-is its codes, and `format`, `layout` and up to four `scales` say what they mean. Eager calls go through `autograd` instead,
+seed []?, backend?, strategy?) -> (y [M,N], h [M,R])`, and its backward; `lora_linear_batched` and `add_lora_batched`, with
+`LayerAdapters` and `BatchPlan` taken apart; `quantized_linear`, the base layer alone. A quantised weight is taken apart too,
+by `parts`: `weight` is its codes, and `format`, `layout` and up to four `scales` say what they mean. Eager calls go through
+`autograd` instead,
 because crossing the dispatcher costs more than launching the kernel.
 """
 
@@ -40,12 +41,19 @@ _library.define(
     f"quantized_linear(Tensor x, Tensor weight, Tensor? bias, int[2] shape, bool transposed, {_QUANTIZED}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "add_lora_batched(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor[] ranks, Tensor[] scalings, "
+    "Tensor[] first_row, int[] max_rank, Tensor slots, Tensor? weights, Tensor order, Tensor segment, Tensor distinct, "
+    "str? backend=None) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 PLAIN = (Tensor, torch.nn.Parameter)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 lora_linear = torch.ops.lora_kernels.lora_linear
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward
 lora_linear_batched = torch.ops.lora_kernels.lora_linear_batched
 quantized_linear = torch.ops.lora_kernels.quantized_linear
+add_lora_batched = torch.ops.lora_kernels.add_lora_batched
 
 
 def must_trace(x: Tensor) -> bool:
@@ -103,8 +111,7 @@ def _batched(
     backend=None, strategy=None, *quantized,
 ):  # fmt: skip
     weight = _whole(weight, _width(b), x.shape[1], *quantized)
-    slices = zip(a, b, ranks, scalings, first_row, max_rank, strict=True)
-    adapters = tuple(LayerAdapters.unchecked(*fields) for fields in slices)
+    adapters = _adapters(a, b, ranks, scalings, first_row, max_rank)
     plan = BatchPlan.of_parts(slots, weights, order, segment, distinct)
     chosen = dispatch.batched_plan_for(x, weight, adapters, plan, backend, strategy)
     return chosen.forward(x, weight, bias, adapters, plan)
@@ -139,6 +146,18 @@ def _autograd_quantized(ctx, dy):
     dx = quantized_linear(dy, weight, None, *rest) if needs_x else None
     dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
     return dx, None, dbias, *[None] * len(rest)
+
+
+def _add_batched(
+    y, x, a, b, ranks, scalings, first_row, max_rank, slots, weights, order, segment, distinct, backend=None
+):  # fmt: skip
+    adapters = _adapters(a, b, ranks, scalings, first_row, max_rank)
+    plan = BatchPlan.of_parts(slots, weights, order, segment, distinct)
+    dispatch.batched_plan_for(x, None, adapters, plan, backend).add(x, y, adapters, plan)
+
+
+def _adapters(*fields):
+    return tuple(LayerAdapters.unchecked(*of_slice) for of_slice in zip(*fields, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
@@ -191,6 +210,7 @@ for _name, _impl, _fake in (
     ("lora_linear_backward", _backward, _backward_fake),
     ("lora_linear_batched", _batched, _batched_fake),
     ("quantized_linear", _quantized, _quantized_fake),
+    ("add_lora_batched", _add_batched, lambda *_: None),
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)

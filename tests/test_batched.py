@@ -9,7 +9,7 @@ import torch
 from batches import CHOICES, Batch, assert_within_budget, on, packed
 from conftest import INTERPRETED
 
-from lora_kernels import BatchPlan, LayerAdapters, lora_linear_batched
+from lora_kernels import BatchPlan, LayerAdapters, add_lora_batched, lora_linear_batched
 from lora_kernels.backends import BATCHED_BACKENDS, launcher
 
 every_choice = pytest.mark.parametrize("choice", CHOICES, ids="-".join)
@@ -274,3 +274,48 @@ def test_captured_launches_have_counters_of_their_own(monkeypatch):
     assert not launcher.counters(device, launcher._ARENA).any()  # more than is left
     monkeypatch.setattr(launcher, "_arena_of", {})
     assert not launcher.counters(device, 10).any()  # a capture without a warm-up
+
+
+@every_choice
+@every_batch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_added_to_what_is_there(device, choice, shape, dtype):
+    """Into some columns of a larger matrix, whose others keep their bits; on zeros the adapters' terms, nothing else."""
+    batch = Batch(**shape, dtype=dtype, device=device, bias=False)
+    batch.weight *= 0.0
+    n, x = len(batch.weight), batch.x.to(device)
+    wide = torch.zeros(len(x), n + 3, dtype=dtype, device=device)
+    wide[:, :2], wide[:, -1] = math.nan, math.inf
+    before = wide.clone()
+    adapters = tuple(on(one_slice, device) for one_slice in batch.adapters)
+    plan = BatchPlan(batch.slots.to(device), None if batch.weights is None else batch.weights.to(device))
+    y = wide[:, 2:-1]
+    assert add_lora_batched(y, x, adapters, plan, backend=choice[0]) is y
+    assert_within_budget(batch, y.cpu())
+    assert all(torch.equal(wide[:, c].isnan(), before[:, c].isnan()) for c in (0, 1)) and bool(
+        wide[:, -1].isinf().all()
+    )
+    once = y.clone()
+    add_lora_batched(y, x, adapters, plan, backend=choice[0])
+    if dtype is torch.float32:  # others round between an entry and the next
+        torch.testing.assert_close(y, 2 * once)
+
+
+@every_choice
+@every_batch
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_a_step_of_fewer_rows_than_the_plan(device, choice, shape, rows):
+    """The others are base rows; and so they are in each beginning of the plan that has all of the step's rows."""
+    batch = Batch(**shape, device=device)
+    weights = None if batch.weights is None else batch.weights.to(device)
+    plan = BatchPlan(batch.slots.to(device), weights)
+    plan.update(batch.slots[:rows].to(device), None if weights is None else weights[:rows])
+    x, weight, bias = (t.to(device) for t in (batch.x, batch.weight, batch.bias))
+    adapters = tuple(on(one_slice, device) for one_slice in batch.adapters)
+    of_step = batch.slots.clone()
+    of_step[rows:] = -1
+    for padded in sorted({rows, min(rows + 1, len(plan)), len(plan)}):
+        y = lora_linear_batched(
+            x[:padded], weight, adapters, plan.first(padded), bias=bias, backend=choice[0], strategy=choice[1]
+        )
+        assert torch.equal(y.cpu(), batch.run(choice, slice(padded), slots=of_step))

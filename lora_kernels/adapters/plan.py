@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NO_SLOT = torch.iinfo(torch.int32).max
+
 
 class BatchPlan:
     """The adapters of a step's rows; build it once, and let every layer of the step share it.
@@ -15,7 +17,8 @@ class BatchPlan:
     weights  `[M, S]` fp32, as slots: what each of them is multiplied by, beside its scaling; None is 1
 
     Building it launches a sort and a few small kernels, and reads nothing back. `update` writes a new step's slots into
-    the same memory, so that a CUDA graph that was captured with this plan replays with them.
+    the same memory, so that a CUDA graph that was captured with this plan replays with them. A step may have fewer rows
+    than the plan: then `first` has the plan of just those, or of as many as a graph pads them to, in the same memory.
     A plan made under `torch.inference_mode()` can be updated only there, as any tensor made there.
     A slot that the adapters do not have counts as -1; on the CPU it is refused when the plan is used.
     Raises TypeError or ValueError where slots is no int32, or weights no fp32 tensor of the shapes above.
@@ -42,17 +45,28 @@ class BatchPlan:
         plan.slots, plan.weights, plan.order, plan.segment, plan.distinct = parts
         return plan
 
+    def first(self, rows: int) -> "BatchPlan":
+        """The plan of the first `rows` rows, as a view; of at least as many as the last update had."""
+        entries = rows * self.adapters_per_row
+        by_row = (None if t is None else t[:rows] for t in self.parts[:2])
+        return BatchPlan.of_parts(*by_row, *(t[:entries] for t in self.parts[2:]))
+
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
         """slots, weights, order, segment, distinct."""
         return self.slots, self.weights, self.order, self.segment, self.distinct
 
     def update(self, slots: Tensor, weights: Tensor | None = None) -> None:
-        """Take the slots (and weights) of another step; raises ValueError where their shapes are others than before."""
+        """Take the slots (and weights) of another step. If it has fewer rows, the others are rows of the base layer.
+
+        Raises ValueError for more rows than when the plan was made, or another number of adapters a row.
+        """
         _check_slots(slots)
-        if slots.shape != self.slots.shape:
+        rows, all_rows = slots.shape[0], self.slots.shape[0]  # len would make them constants of an exported program
+        if slots.shape[1:] != self.slots.shape[1:] or rows > all_rows:
             raise ValueError(
-                f"slots: got shape {list(slots.shape)}, expected {list(self.slots.shape)}, as when the plan was made"
+                f"slots: got shape {list(slots.shape)}, expected {list(self.slots.shape)}, as when the plan was made, "
+                "or fewer rows"
             )
         if (weights is None) != (self.weights is None):
             raise ValueError(
@@ -61,15 +75,19 @@ class BatchPlan:
             )
         if weights is not None:
             _check_weights(weights, slots)
-            self.weights.copy_(weights)
-        self.slots.copy_(slots)
-        ascending, order = self.slots.view(-1).sort(stable=True)
+            self.weights[:rows].copy_(weights)
+        keys = self.slots[:rows].copy_(slots).view(-1)
+        if rows < all_rows:  # the others go last, so that each beginning of the order is one of its own rows
+            self.slots[rows:].fill_(-1)
+            keys = self.slots.view(-1).clone()
+            keys[slots.numel() :] = NO_SLOT
+        ascending, order = keys.sort(stable=True)
         starts = torch.zeros_like(ascending)
         starts[1:] = ascending[1:] != ascending[:-1]
         self.order.copy_(order)
         segment = torch.cumsum(starts, 0)
         self.segment.copy_(segment)
-        self.distinct.fill_(-1).scatter_(0, segment, ascending)
+        self.distinct.fill_(-1).scatter_(0, segment, ascending.masked_fill(ascending == NO_SLOT, -1))
         for read_back in ("groups", "largest_slot"):
             self.__dict__.pop(read_back, None)
 

@@ -17,22 +17,28 @@ def forward(x, weight, bias, adapters, plan, strategy):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
     x = row_major(x)
     y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
+    add(x, y, adapters, plan)
+    return y
+
+
+def add(x, y, adapters, plan):
+    """`y [M,N]` plus each row's own adapters, in place."""
+    x = row_major(x)
     if x.shape[0] == 0:
-        return y
+        return
     memory = adapters[0].memory  # the next step of these adapters has the same plan, as a rule
-    known, planned, call, _ = memory.get("cpu", (None,) * 4)
-    if known != adapters or planned is not plan:
-        call, slices = _call(x, adapters, plan)
-        memory["cpu"] = adapters, plan, call, slices
+    known, planned, stride, call, _ = memory.get("cpu", (None,) * 5)
+    if known != adapters or planned is not plan or stride != y.stride(0):
+        call, slices = _call(x, y, adapters, plan)
+        memory["cpu"] = adapters, plan, y.stride(0), call, slices
     run, isa = batched()
     if not run(call, x.data_ptr(), x.stride(0), y.data_ptr(), torch.get_num_threads(), isa):
         ranks = sum(s.max_rank for s in adapters)
         raise MemoryError(f"lora_linear_batched: no memory for {plan.slots.numel()} x {ranks} elements of h")
-    return y
 
 
-def _call(x, adapters, plan):
-    """What stays the same as long as adapters and plan do, and what it points to."""
+def _call(x, y, adapters, plan):
+    """What stays the same as long as adapters, plan and y's rows do, and what it points to."""
     fields, first_rank = [], 0
     for s in adapters:
         fields.append((
@@ -44,7 +50,7 @@ def _call(x, adapters, plan):
     batch = Batch(
         slots=plan.slots.data_ptr(), order=plan.order.data_ptr(), slices=ctypes.addressof(slices),
         weights=None if plan.weights is None else plan.weights.data_ptr(), rows=x.shape[0], k=x.shape[1],
-        stride_y=sum(s.b.shape[1] for s in adapters), adapters_per_row=plan.adapters_per_row,
+        stride_y=y.stride(0), adapters_per_row=plan.adapters_per_row,
         num_slots=adapters[0].ranks.shape[0], num_slices=len(fields), dtype=DTYPES[x.dtype],
     )  # fmt: skip
     return ctypes.byref(batch), slices

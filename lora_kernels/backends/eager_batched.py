@@ -11,6 +11,12 @@ STRATEGIES = ("looped",)
 def forward(x, weight, bias, adapters, plan, strategy):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
     y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
+    add(x, y, adapters, plan)
+    return y
+
+
+def add(x, y, adapters, plan):
+    """`y [M,N]` plus each row's own adapters, in place."""
     columns = y.split([one_slice.b.shape[1] for one_slice in adapters], dim=1)
     weights = None if plan.weights is None else plan.weights.view(len(plan), plan.adapters_per_row)
     ranks = [one_slice.ranks.tolist() for one_slice in adapters]
@@ -23,4 +29,3 @@ def forward(x, weight, bias, adapters, plan, strategy):
                 if weights is not None:
                     h.mul_(weights[rows, j, None])
                 y_slice.index_add_(0, rows, with_clean_rows(h) @ b.mT)
-    return y

@@ -52,6 +52,16 @@ def forward(x, weight, bias, adapters, plan, strategy):
         return _extended(x, weight, bias, tables, plan, h)
 
 
+def add(x, y, adapters, plan):
+    """`y [M,N]` plus each row's own adapters, in place."""
+    if y.numel():
+        x = row_major(x)
+        tables, h = _Tables.of(adapters), _H.of(x, adapters, plan)
+        with backend.device_guard(x.device):
+            _shrink(x, tables, plan, h)
+            _extended(x, None, None, tables, plan, h, y)
+
+
 class _Tables(NamedTuple):
     """What the kernels read of the adapters: a tuple each, one item a slice."""
 
@@ -114,9 +124,9 @@ def _shrink(x, tables, plan, h):
 
 def _extended(x, weight, bias, tables, plan, h, y=None):
     """`x W' + bias` and the adapters; where `y` is given, the adapters are added to it instead."""
-    (m, k), n, goal = x.shape, weight.shape[0], backend.target(x.device)
+    (m, k), n, goal = x.shape, sum(tables.widths), backend.target(x.device)
     has_base, y = y is None, x.new_empty(m, n) if y is None else y
-    base = Base.of(contraction_first(weight), goal.capability)
+    base = Base.of(contraction_first(y if weight is None else weight), goal.capability)  # without a base it is not read
     aligned = on_16_bytes(x, *base.matrices, y)
     kernel = base.kernel("batched_extended") if has_base else "batched_chained"
     config = backend.config_for(kernel, x, n, h.r_max, aligned=aligned or base.quantized, kn=base.kn)
@@ -125,7 +135,7 @@ def _extended(x, weight, bias, tables, plan, h, y=None):
     args = (
         operand(x, (config.block_m, config.block_k), tma), base.operand(config, tma), tables.b, bias,
         operand(y, (config.block_m, config.block_n), y_tma), plan.slots, plan.weights, tables.first_row, tables.ranks,
-        tables.scalings, h.planes, tables.widths, m, n, k, h.r_max, tables.num_slots, x.stride(0), base.stride,
+        tables.scalings, h.planes, tables.widths, m, y.stride(0), k, h.r_max, tables.num_slots, x.stride(0), base.stride,
         tables.stride_bn, tables.stride_br,
     )  # fmt: skip
     constants = dict(

@@ -211,7 +211,7 @@ def batched_extended_kernel(
 ):  # fmt: skip
     """`y = x w + bias` and each row's own adapters, from the planes of h; persistent.
 
-    Without HAS_BASE y holds `x w + bias` already, and the adapters are added to it.
+    Without HAS_BASE y holds `x w + bias` already, its rows N elements apart, and the adapters are added to it.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), count_column_tiles(widths, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
