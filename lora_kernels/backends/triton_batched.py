@@ -21,6 +21,7 @@ from lora_kernels.backends.operands import (
     on_16_bytes,
     operand,
     rank_block,
+    row_major,
     with_clean_rows,
 )
 from lora_kernels.backends.triton import reasons_unsupported  # noqa: F401
