@@ -115,8 +115,7 @@ class Fused:
         parts = [("the base layer", self._modules["base_layer"])]
         parts += [(part, self._modules[part]._modules[name]) for name in names for part in ("lora_A", "lora_B")]
         for what, module in parts:
-            if not sharding.is_itself(module):
-                raise NotFused(f"{what} has a hook, or a forward of its own")
+            _check_itself(what, module)
         return [module for _, module in parts]
 
     def weight_and_bias(self):
@@ -143,7 +142,7 @@ class Fused:
         if weights[0].shape[0] > MAX_RANK:
             raise NotFused(f"the rank is {weights[0].shape[0]}, more than {MAX_RANK}")
         dropout, dropout_p = self._modules["lora_dropout"]._modules[name], 0.0
-        check_hooks("lora_dropout", dropout)
+        _check_itself("lora_dropout", dropout)
         if type(dropout) is nn.Dropout and 0.0 <= dropout.p < 1.0:
             dropout_p = dropout.p if dropout.training else 0.0
         elif type(dropout) is not nn.Identity:
@@ -246,6 +245,12 @@ def check_hooks(what, module):
         d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
         or "forward" in d
     ):  # fmt: skip
+        raise NotFused(f"{what} has a hook, or a forward of its own")
+
+
+def _check_itself(what, module):
+    """`check_hooks`, but for those of an engine."""
+    if not sharding.is_itself(module):
         raise NotFused(f"{what} has a hook, or a forward of its own")
 
 
