@@ -74,7 +74,11 @@ def parts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, tuple]:
 
 
 def _whole(weight, n, k, format=None, layout=(), *scales):
-    return weight if format is None else named(format).of_parts((weight, *filter(None.__ne__, scales)), (n, k), layout)
+    return (
+        weight
+        if format is None
+        else named(format).of_parts((weight, *(s for s in scales if s is not None)), (n, k), layout)
+    )
 
 
 def _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend=None, strategy=None, *quantized):

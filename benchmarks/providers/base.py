@@ -13,7 +13,10 @@ def providers(device: torch.device) -> list[Provider]:
     def batched(_, t):
         return _layer(t)
 
-    return [Provider(BASE, trained, batched, lambda _, t: t.weight.clone, trained, batched)]
+    def merged(_, t):
+        return t.weight.clone
+
+    return [Provider(BASE, trained, batched, merged, quantized=trained, quantized_batched=batched)]
 
 
 def _layer(tensors):
