@@ -127,6 +127,7 @@ def lora_linear_batched(
     if traced or autocasts:  # the operator keeps autocast out
         _check_batched(x, weight, adapters, plan, bias)
         _check_frozen(x, weight, adapters, bias)
+        _check_slots(x, adapters, plan)
         base, quantized = ops.parts(weight)
         y = ops.lora_linear_batched(
             x.reshape(-1, x.shape[-1]), base, bias, *map(list, zip(*(s.fields for s in adapters), strict=True)),
@@ -162,12 +163,16 @@ def add_lora_batched(
     (False, True)
     """
     adapters = (adapters,) if isinstance(adapters, LayerAdapters) else tuple(adapters)
-    if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1] or (y.shape[-1] > 1 and y.stride(-1) != 1):
-        got = f"shape {list(y.shape)}, strides {y.stride()}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"y: got {got}, expected a tensor {[*x.shape[:-1], 'N']}, as x, with columns side by side")
-    weight = y.new_empty(()).expand(y.shape[-1], x.shape[-1])  # what the base layer's must have looked like
+    _check_tensors({"x": x, "y": y})
+    if y.dtype != x.dtype or y.dim() < 1 or y.shape[:-1] != x.shape[:-1] or (y.shape[-1] > 1 and y.stride(-1) != 1):
+        raise ValueError(
+            f"y: got {y.dtype} of shape {list(y.shape)}, strides {y.stride()}, expected {x.dtype} "
+            f"{[*x.shape[:-1], 'N']}, as x, with columns side by side"
+        )
+    weight = x.new_empty(()).expand(y.shape[-1], x.shape[-1])  # what the base layer's must have looked like
     _check_batched(x, weight, adapters, plan, None)
     _check_frozen(x, y, adapters, None)
+    _check_slots(x, adapters, plan)
     rows = y.view(-1, y.shape[-1])
     ops.add_lora_batched(
         rows,
@@ -212,9 +217,7 @@ def _checked_plan(x, weight, adapters, plan, bias, backend, strategy):
         chosen = dispatch.batched_plan_for(rows, weight, adapters, plan, backend, strategy)
         memory["call"] = call, chosen
     _check_frozen(x, weight, adapters, bias)
-    slots = adapters[0].ranks.shape[0]
-    if plan.slots.is_cpu and plan.largest_slot >= slots:
-        raise ValueError(f"plan: got slot {plan.largest_slot}, expected at most {slots - 1}, the last of the adapters")
+    _check_slots(x, adapters, plan)
     return chosen
 
 
@@ -285,6 +288,13 @@ def _check_frozen(x, weight, adapters, bias):
         learning = (x, weight, bias, *(t for s in adapters for t in (s.a, s.b)))
         if any(t is not None and t.requires_grad for t in learning):
             raise NotImplementedError("lora_linear_batched: has no backward; call it under torch.inference_mode()")
+
+
+def _check_slots(x, adapters, plan):
+    """Where they can be read at no cost; kernels take a slot past the end for an empty one."""
+    slots = adapters[0].ranks.shape[0]
+    if plan.slots.is_cpu and not ops.must_trace(x) and plan.largest_slot >= slots:
+        raise ValueError(f"plan: got slot {plan.largest_slot}, expected at most {slots - 1}, the last of the adapters")
 
 
 def draw_seed(device) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import Batch, on
 
-from lora_kernels import BatchPlan, lora_linear_batched
+from lora_kernels import BatchPlan, add_lora_batched, lora_linear_batched
 
 
 def call(**change):
@@ -15,6 +15,12 @@ def call(**change):
     arguments = dict(x=batch.x, weight=batch.weight, adapters=batch.adapters, plan=plan, bias=batch.bias)
     lora_linear_batched(**arguments)  # which the adapters remember
     return lora_linear_batched(**{**arguments, **change})
+
+
+def add(**change):
+    batch = Batch()
+    arguments = dict(y=torch.zeros(40, 72), x=batch.x, adapters=batch.adapters, plan=BatchPlan(batch.slots))
+    return add_lora_batched(**{**arguments, **change})
 
 
 def adapters(**change):
@@ -87,6 +93,25 @@ BAD = {
     "strategy of the other": (
         lambda: call(backend="eager", strategy="one_launch"),
         NotImplementedError, "no strategy 'one_launch'",
+    ),
+    "adds to a list": (lambda: add(y=[1.0]), TypeError, "y: got list"),
+    "adds a list": (lambda: add(x=[1.0]), TypeError, "x: got list"),
+    "adds to half": (lambda: add(y=torch.zeros(40, 72).half()), ValueError, "y: got torch.float16.*expected torch.float32"),
+    "adds to a scalar": (lambda: add(y=torch.tensor(1.0)), ValueError, r"y: got .* of shape \[\]"),
+    "adds to fewer rows": (lambda: add(y=torch.zeros(39, 72)), ValueError, r"y: got .* \[39, 72\].*expected .*\[40, 'N'\]"),
+    "adds to columns apart": (lambda: add(y=torch.zeros(72, 40).mT), ValueError, r"y: got .*strides \(1, 40\)"),
+    "adds to another width": (
+        lambda: add(y=torch.zeros(40, 71)),
+        ValueError, r"adapters: got .* \[slots, 71, R\]",
+    ),
+    "adds on another device": (lambda: add(y=torch.zeros(40, 72, device="meta")), ValueError, "y: got a meta tensor"),
+    "adds more rows than planned": (
+        lambda: add(x=torch.randn(41, 96), y=torch.zeros(41, 72)),
+        ValueError, "plan: got 40 rows of slots, expected 41",
+    ),
+    "adds a slot past the end": (
+        lambda: add(plan=BatchPlan(torch.full((40,), 5, dtype=torch.int32))),
+        ValueError, "slot 5, expected at most 4",
     ),
     "slots are int64": (
         lambda: BatchPlan(torch.zeros(4, dtype=torch.int64)),
