@@ -253,6 +253,30 @@ def test_a_hook_set_later_is_noticed(calls, said):
     assert any("q, k and v as one: a layer has a hook" in reason for reason in said)
 
 
+@feature(
+    "`nn.DataParallel` (Trainer's choice on several GPUs without torchrun): the MLP as one, q, k and v alone", FUSED
+)
+def test_replicas_of_data_parallel(calls, said):
+    model, theirs, _ = fused()
+    ours, plain = step(model, _replica(model)), step(theirs, _replica(theirs))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert calls == ["lora_mlp"] * 2
+    assert ["nn.DataParallel" in reason for reason in said] == [True] * 2 * 3
+
+
+def _replica(model):
+    """A copy as nn.DataParallel makes one for each device: parameters are plain tensors of another graph."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        replica._modules.update((name, copies.get(child)) for name, child in module._modules.items())
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.clone())
+    return copies[model]
+
+
 @feature("`gradient_checkpointing_enable`, re-entrant or not", FUSED)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant, calls):

@@ -38,6 +38,9 @@ class Together:
         """What `layer` makes of x, or None where it has to do that alone."""
         if torch.compiler.is_compiling() or not _is_active(layer):
             return None
+        if layer not in self.layers:
+            fall_back("q, k and v as one: nn.DataParallel copies the layers for each device (use torchrun)")
+            return None
         if self.x is not x or layer not in self.ys:
             self.x, self.ys = None, {}
             layers = [each for each in self.layers if _is_active(each)]
