@@ -43,16 +43,17 @@ def kind(module: nn.Module) -> type:
 
 def gathered(module: nn.Module) -> bool:
     """Whether an engine gathers the weights of `module` when it is called."""
-    return module is not unwrapped(module) or any(_is_engines(hook) for hook in _hooks(module))
+    return module is not unwrapped(module) or any(_is_engines(hook) for hook in hooks(module))
 
 
 def is_itself(module: nn.Module) -> bool:
     """Whether calling `module` does what its class does: nobody replaces its forward, or hooks into it but an engine."""
     inner = unwrapped(module)
-    return "forward" not in inner.__dict__ and all(map(_is_engines, (*_hooks(module), *_hooks(inner))))
+    return "forward" not in inner.__dict__ and all(map(_is_engines, (*hooks(module), *hooks(inner))))
 
 
-def _hooks(module):
+def hooks(module: nn.Module):
+    """Those of its forward and backward pass."""
     d = module.__dict__
     kinds = d["_forward_pre_hooks"], d["_forward_hooks"], d["_backward_pre_hooks"], d["_backward_hooks"]
     return [hook for hooks in kinds for hook in hooks.values()] if any(kinds) else ()

@@ -4,7 +4,8 @@ from deepspeed.linear.optimized_linear import LoRAOptimizedLinear
 from torch import nn
 
 from lora_kernels.integrations import linears
-from lora_kernels.integrations.linears import Fused, NotFused, Parts, check_plain, parameter
+from lora_kernels.integrations.checks import NotFused
+from lora_kernels.integrations.linears import Fused, Parts, check_plain, parameter
 
 
 class FusedLoRAOptimizedLinear(Fused, LoRAOptimizedLinear):

@@ -11,18 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels import integrations, lora_linear
-from lora_kernels.integrations import Layer
-
-MAX_RANK = 512
-fall_back = torch.compiler.assume_constant_result(integrations.fall_back)  # said while tracing, not in the graph
-
-
-class NotFused(Exception):
-    """Why a call runs the library's own forward."""
+from lora_kernels import lora_linear, sharding
+from lora_kernels.integrations import Layer, checks
+from lora_kernels.integrations.checks import NotFused, check_call, check_hooks, check_rank, fall_back
 
 
 class Parts(NamedTuple):
@@ -57,7 +49,7 @@ class Fused:
 
     def _fused(self, x):
         weight, bias, lora_a, lora_b, scaling, dropout_p = _checked(self.parts())
-        _check_call(x, weight, lora_a)
+        check_call(x, weight, lora_a)
         return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
 
 
@@ -84,11 +76,10 @@ def unfuse(model: nn.Module) -> None:
 
 
 def parameter(what: str, module: nn.Module, name: str) -> Tensor | None:
-    """A weight or bias that is a plain tensor, of a module without hooks."""
-    tensor = module._parameters.get(name)
-    if type(tensor) not in (nn.Parameter, Tensor) and not (tensor is None and name == "bias"):
-        found = "parametrised or sharded" if tensor is None else f"a {type(tensor).__name__}"
-        raise NotFused(f"the {name} of {what} is {found}, not a plain tensor")
+    """A weight, or the bias or None, that is a plain tensor."""
+    tensor = checks.parameter(what, module, name)
+    if sharding.is_dtensor(tensor):
+        raise NotFused(f"the {name} of {what} is sharded")
     return tensor
 
 
@@ -96,19 +87,7 @@ def check_plain(what: str, module: nn.Module) -> None:
     """Whether `module`, a part of a layer, is a plain linear layer without hooks."""
     if type(module) is not nn.Linear:
         raise NotFused(f"{what} is a {type(module).__module__}.{type(module).__name__}")
-    _check_hooks(what, module)
-
-
-def dropout_p(dropout) -> float:
-    """What a dropout drops now; a library that has no dropout to do may have a function that returns x, or `nn.Identity`."""
-    if not isinstance(dropout, nn.Module):
-        return 0.0
-    _check_hooks("the dropout", dropout)
-    if type(dropout) is nn.Dropout and 0.0 <= dropout.p < 1.0:
-        return dropout.p if dropout.training else 0.0
-    if type(dropout) is not nn.Identity:
-        raise NotFused(f"the dropout is {dropout}")
-    return 0.0
+    check_hooks(what, module)
 
 
 def side_by_side(lora_b: Tensor, widths: list[int], enabled: list[bool]) -> Tensor:
@@ -139,42 +118,9 @@ def _reason(module) -> str | None:
     return "the base weight trains" if weight.requires_grad else None
 
 
-def _check_hooks(what, module):
-    d = module.__dict__
-    if (
-        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-        or "forward" in d
-    ):  # fmt: skip
-        raise NotFused(f"{what} has a hook, or a forward of its own")
-
-
 def _checked(parts):
     """`parts`, if lora_linear takes them."""
     if not isinstance(parts.scaling, (int, float)) or not 0.0 <= parts.scaling < math.inf:
         raise NotFused(f"the scaling is {parts.scaling}")
-    if parts.lora_a.shape[0] > MAX_RANK:
-        raise NotFused(f"the rank is {parts.lora_a.shape[0]}, more than {MAX_RANK}")
+    check_rank(parts.lora_a)
     return parts
-
-
-def _check_call(x, weight, lora_a):
-    """Whether this x can run fused, here and now."""
-    if type(x) not in (Tensor, nn.Parameter):
-        raise NotFused(f"x is a {type(x).__name__}")
-    if x.is_nested or x.is_meta or x.layout is not torch.strided:
-        raise NotFused("x is nested, sparse or on the meta device")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise NotFused("the base weight trains")
-    autocasts = torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
-    if not (x.dtype is weight.dtype is lora_a.dtype) and not autocasts:
-        raise NotFused(f"x is {x.dtype}, the base weight {weight.dtype}, the adapter {lora_a.dtype}")
-    if torch.compiler.is_compiling():
-        return
-    if _has_any_global_hook():
-        raise NotFused("there are global module hooks")
-    if (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    ):
-        raise NotFused("torch.jit.trace, torch.func or forward-mode AD look inside")

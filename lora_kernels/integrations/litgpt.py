@@ -4,7 +4,8 @@ from litgpt.lora import LoRALinear, LoRAQKVLinear
 from torch import nn
 
 from lora_kernels.integrations import linears
-from lora_kernels.integrations.linears import Fused, Parts, check_plain, dropout_p, parameter, side_by_side
+from lora_kernels.integrations.checks import dropout_p
+from lora_kernels.integrations.linears import Fused, Parts, check_plain, parameter, side_by_side
 
 
 class FusedLoRALinear(Fused, LoRALinear):
@@ -18,7 +19,7 @@ class FusedLoRALinear(Fused, LoRALinear):
         return Parts(
             parameter("the base layer", self.linear, "weight"), parameter("the base layer", self.linear, "bias"),
             parameter("the layer", self, "lora_A"), parameter("the layer", self, "lora_B"), self.scaling,
-            dropout_p(self.lora_dropout),
+            dropout_p("the dropout", self.lora_dropout),
         )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import loralib
 from torch import nn
 
 from lora_kernels.integrations import linears
-from lora_kernels.integrations.linears import Fused, Parts, dropout_p, parameter, side_by_side
+from lora_kernels.integrations.checks import dropout_p
+from lora_kernels.integrations.linears import Fused, Parts, parameter, side_by_side
 
 
 class _Unmerged(Fused):
@@ -27,7 +28,7 @@ class _Unmerged(Fused):
         return Parts(
             weight.mT if self.fan_in_fan_out else weight, parameter("the layer", self, "bias"),
             parameter("the layer", self, "lora_A"), parameter("the layer", self, "lora_B"), self.scaling,
-            dropout_p(self.lora_dropout),
+            dropout_p("the dropout", self.lora_dropout),
         )  # fmt: skip
 
 

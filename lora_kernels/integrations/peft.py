@@ -17,22 +17,14 @@ import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import BatchPlan, LayerAdapters, integrations, lora_linear, lora_linear_batched, sharding
-from lora_kernels.integrations import Layer
+from lora_kernels import BatchPlan, LayerAdapters, lora_linear, lora_linear_batched, sharding
+from lora_kernels.integrations import Layer, checks
+from lora_kernels.integrations.checks import MAX_RANK, NotFused, check_itself, fall_back, parameter
 
 if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 18):
     raise ImportError(f"peft: got {peft.__version__}, expected 0.18 or newer")
-
-MAX_RANK = 512
-fall_back = torch.compiler.assume_constant_result(integrations.fall_back)  # said while tracing, not in the graph
-
-
-class NotFused(Exception):
-    """Why a call runs PEFT's own forward."""
 
 
 class Fused:
@@ -75,7 +67,7 @@ class Fused:
         weight, bias = self.weight_and_bias()
         names = self.active_names()
         lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
-        check_call(self, x, weight, lora_a)
+        checks.check_call(x, weight, lora_a, self.cast_input_dtype_enabled)
         for name in names:
             lora_bias = self.bias_of_b(name)
             if lora_bias is not None:
@@ -96,12 +88,12 @@ class Fused:
         if not adapters:
             return self._modules["base_layer"](x)
         for name, (lora_a, lora_b, _, dropout_p) in adapters.items():
-            check_call(self, x, weight, lora_a)
+            checks.check_call(x, weight, lora_a, self.cast_input_dtype_enabled)
             if dropout_p > 0.0 or self.bias_of_b(name) is not None:
                 raise NotFused("a mixed batch with dropout or lora_bias")
             if torch.is_grad_enabled() and (x.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
                 raise NotFused("a mixed batch with gradients; call it under torch.inference_mode()")
-        if torch.compiler.is_compiling() or weight.dtype != x.dtype or casts(x):
+        if torch.compiler.is_compiling() or weight.dtype != x.dtype or checks.casts(x):
             raise NotFused("a mixed batch under torch.compile, or under autocast to another dtype")
         return lora_linear_batched(x, weight, _stacked(adapters, slots, x), plan, bias=bias)
 
@@ -115,7 +107,7 @@ class Fused:
         parts = [("the base layer", self._modules["base_layer"])]
         parts += [(part, self._modules[part]._modules[name]) for name in names for part in ("lora_A", "lora_B")]
         for what, module in parts:
-            _check_itself(what, module)
+            check_itself(what, module)
         return [module for _, module in parts]
 
     def weight_and_bias(self):
@@ -126,7 +118,7 @@ class Fused:
             return quantised.weight_and_bias(base)
         if kind is not nn.Linear and kind is not Conv1D:
             raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
-        weight, bias = _parameter("the base layer", base, "weight"), _parameter("the base layer", base, "bias")
+        weight, bias = parameter("the base layer", base, "weight"), parameter("the base layer", base, "bias")
         return weight if kind is nn.Linear else weight.mT, bias
 
     def adapter(self, name):
@@ -138,20 +130,14 @@ class Fused:
             module = sharding.unwrapped(self._modules[part]._modules[name])
             if sharding.kind(module) is not nn.Linear:
                 raise NotFused(f"{part} is a {type(module).__name__}")
-            weights.append(_parameter(part, module, "weight"))
-        if weights[0].shape[0] > MAX_RANK:
-            raise NotFused(f"the rank is {weights[0].shape[0]}, more than {MAX_RANK}")
-        dropout, dropout_p = self._modules["lora_dropout"]._modules[name], 0.0
-        _check_itself("lora_dropout", dropout)
-        if type(dropout) is nn.Dropout and 0.0 <= dropout.p < 1.0:
-            dropout_p = dropout.p if dropout.training else 0.0
-        elif type(dropout) is not nn.Identity:
-            raise NotFused(f"lora_dropout is {dropout}")
-        return *weights, self.scaling[name], dropout_p
+            weights.append(parameter(part, module, "weight"))
+        checks.check_rank(weights[0])
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return *weights, self.scaling[name], checks.dropout_p("lora_dropout", dropout)
 
     def bias_of_b(self, name):
         """What `lora_bias` adds to an adapter's B; its A has none."""
-        return _parameter("lora_B", sharding.unwrapped(self._modules["lora_B"]._modules[name]), "bias")
+        return parameter("lora_B", sharding.unwrapped(self._modules["lora_B"]._modules[name]), "bias")
 
     def extra_repr(self) -> str:
         return "fused by lora_kernels"
@@ -237,66 +223,6 @@ def _batch(names: tuple[str, ...], rows_each: int, device) -> tuple[dict[str, in
     slots = {name: slot for slot, name in enumerate(dict.fromkeys(name for name in names if name != "__base__"))}
     rows = torch.tensor([slots.get(name, -1) for name in names], dtype=torch.int32).repeat_interleave(rows_each)
     return slots, BatchPlan(rows.to(device))
-
-
-def check_hooks(what, module):
-    d = module.__dict__
-    if (
-        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-        or "forward" in d
-    ):  # fmt: skip
-        raise NotFused(f"{what} has a hook, or a forward of its own")
-
-
-def _check_itself(what, module):
-    """`check_hooks`, but for those of an engine."""
-    if not sharding.is_itself(module):
-        raise NotFused(f"{what} has a hook, or a forward of its own")
-
-
-def _parameter(what, module, name):
-    parameter = module._parameters.get(name, module.__dict__.get(name))  # where FSDP1 has its views
-    plain = type(parameter) in (nn.Parameter, Tensor) or sharding.is_dtensor(parameter)
-    if not plain and not (parameter is None and name == "bias"):
-        kind = "parametrised" if parameter is None else f"a {type(parameter).__name__}"
-        raise NotFused(f"the {name} of {what} is {kind}, not a plain tensor")
-    return parameter
-
-
-def check_call(layer, x, weight, lora_a):
-    """Whether this x can run fused, here and now."""
-    if type(x) not in (Tensor, nn.Parameter) and not sharding.is_dtensor(x):
-        raise NotFused(f"x is a {type(x).__name__}")
-    if not sharding.is_dtensor(x) is sharding.is_dtensor(weight) is sharding.is_dtensor(lora_a):
-        raise NotFused("x, the base weight and the adapter are not all DTensors")
-    if x.is_nested or x.is_meta or x.layout is not torch.strided:
-        raise NotFused("x is nested, sparse or on the meta device")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise NotFused("the base weight trains")
-    fits = lora_a.dtype is x.dtype or (lora_a.dtype is torch.float32 and layer.cast_input_dtype_enabled)
-    if not isinstance(weight, Tensor) and _autocasts(x) and torch.get_autocast_dtype(x.device.type) is not weight.dtype:
-        raise NotFused(f"bitsandbytes computes in {weight.dtype}, autocast in another dtype")
-    if not (fits and weight.dtype is x.dtype) and not _autocasts(x):
-        raise NotFused(f"x is {x.dtype}, the base weight {weight.dtype}, the adapter {lora_a.dtype}")
-    if torch.compiler.is_compiling():
-        return
-    if _has_any_global_hook():
-        raise NotFused("there are global module hooks")
-    if (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    ):
-        raise NotFused("torch.jit.trace, torch.func or forward-mode AD look inside")
-
-
-def _autocasts(x) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
-
-
-def casts(x) -> bool:
-    """Whether autocast would give the result another dtype than x's."""
-    return _autocasts(x) and torch.get_autocast_dtype(x.device.type) is not x.dtype
 
 
 def fuse(model: nn.Module) -> Iterator[Layer]:

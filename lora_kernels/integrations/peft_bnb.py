@@ -6,7 +6,8 @@ from peft.tuners.lora import bnb
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_kernels import formats
-from lora_kernels.integrations.peft import Fused, NotFused, check_hooks
+from lora_kernels.integrations.checks import NotFused, check_hooks
+from lora_kernels.integrations.peft import Fused
 
 KINDS = (Linear4bit, LinearNF4, Linear8bitLt)
 QUANTISES_X = "bitsandbytes' Linear8bitLt quantises x too"

@@ -4,7 +4,8 @@ from torch import nn
 from torchtune.modules.peft.lora import LoRALinear
 
 from lora_kernels.integrations import linears
-from lora_kernels.integrations.linears import Fused, Parts, check_plain, dropout_p, parameter
+from lora_kernels.integrations.checks import dropout_p
+from lora_kernels.integrations.linears import Fused, Parts, check_plain, parameter
 
 
 class FusedLoRALinear(Fused, LoRALinear):
@@ -19,7 +20,7 @@ class FusedLoRALinear(Fused, LoRALinear):
         return Parts(
             parameter("the layer", self, "weight"), parameter("the layer", self, "bias"),
             parameter("lora_a", self.lora_a, "weight"), parameter("lora_b", self.lora_b, "weight"),
-            self.alpha / self.rank, dropout_p(self.dropout),
+            self.alpha / self.rank, dropout_p("the dropout", self.dropout),
         )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.integrations import Layer
-from lora_kernels.integrations.peft import Fused, NotFused, casts, check_call, check_hooks, fall_back, reason_not_fused
+from lora_kernels.integrations.checks import NotFused, casts, check_call, check_hooks, fall_back
+from lora_kernels.integrations.peft import Fused, reason_not_fused
 
 # Their attention blocks have q_proj, k_proj and v_proj of one x; their MLPs are down_proj(act_fn(gate_proj(x)) * up_proj(x)).
 ARCHITECTURES = {
@@ -90,7 +91,7 @@ def _projection(layer, x) -> Projection:
         weight, bias = layer.weight, layer.bias
     else:
         raise NotFused(f"a layer is a {type(layer).__name__}")
-    check_call(layer, x, weight, x)
+    check_call(x, weight, x)
     return Projection(weight, bias=bias)
 
 

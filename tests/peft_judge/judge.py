@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lora_kernels import formats, functional, reference
 from lora_kernels.integrations import peft as integration
-from lora_kernels.integrations.peft import Fused, NotFused
+from lora_kernels.integrations.checks import NotFused
+from lora_kernels.integrations.peft import Fused
 
 # How much larger than PEFT's own error ours may be (sums are reordered), and how many eps of rounding are free.
 FACTOR, FREE_EPS = 2.0, 4.0
