@@ -1,4 +1,4 @@
-"""LoRA layers of loralib, LitGPT, torchtune and DeepSpeed: every fused call against the library's own forward, and fp64."""
+"""LoRA layers of loralib, LitGPT, torchtune, DeepSpeed and NeMo: every fused call against the library's own forward, and fp64."""
 
 import contextlib
 import copy
@@ -63,6 +63,15 @@ def deepspeed_linear(p=0.0):
     return linear.LoRAOptimizedLinear(K, N, lora_config=config, device=DEVICE, dtype=torch.float32)
 
 
+def nemo():
+    return pytest.importorskip("nemo_automodel.components._peft.lora")
+
+
+def nemo_linear(p=0.0, **settings):
+    settings = {"dropout_position": "pre", "use_triton": False} | settings
+    return frozen(nemo().patch_linear_module(nn.Linear(K, N), dim=R, alpha=6, dropout=p, **settings))
+
+
 def frozen(layer):
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_("lora" in name or "bias" in name)
@@ -80,7 +89,10 @@ LAYERS = {
     "torchtune": torchtune_linear,
     "torchtune, bias": lambda p=0.0: torchtune_linear(p, use_bias=True),
     "deepspeed": deepspeed_linear,
+    "nemo_automodel": nemo_linear,
+    "nemo_automodel, saving h": lambda p=0.0: nemo_linear(p, use_memory_efficient_lora=False),
 }
+NO_PICKLE = ("loralib", "litgpt", "nemo_automodel")  # their own
 WITH_DROPOUT = [name for name in LAYERS if name != "deepspeed"]
 
 
@@ -117,7 +129,7 @@ def assert_right(model, x):
         assert judge._error(actual, truth[name]) <= allowed, name
 
 
-@feature("forward and backward, biases, `fan_in_fan_out`", FUSED, "all four")
+@feature("forward and backward, biases, `fan_in_fan_out`", FUSED, "all five")
 @feature("`MergedLinear`, `LoRAQKVLinear`: slices with and without adapters, grouped queries", FUSED, "loralib, LitGPT")
 @pytest.mark.parametrize("name", LAYERS)
 def test_forward_and_backward(name, x):
@@ -132,7 +144,7 @@ def test_forward_and_backward(name, x):
     assert type(model[0]) is type(theirs[0])
 
 
-@feature("dropout in training (other random numbers)", FUSED, "loralib, LitGPT, torchtune")
+@feature("dropout in training (other random numbers)", FUSED, "loralib, LitGPT, torchtune, NeMo")
 @pytest.mark.parametrize("name", WITH_DROPOUT)
 def test_dropout(name, x):
     model = model_of(name, 0.4)
@@ -144,7 +156,7 @@ def test_dropout(name, x):
     torch.testing.assert_close(model(x), own(model)(x))
 
 
-@feature("bf16, and autocast", FUSED, "all four")
+@feature("bf16, and autocast", FUSED, "all five")
 @pytest.mark.parametrize("how", ["bf16", "autocast"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_16_bits(name, how, x):
@@ -157,7 +169,7 @@ def test_16_bits(name, how, x):
             assert_right(model, x)
 
 
-@feature("save, load in the library alone, and back", FUSED, "all four")
+@feature("save, load in the library alone, and back", FUSED, "all five")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
 def test_save_and_load(name, training, x):
@@ -170,7 +182,7 @@ def test_save_and_load(name, training, x):
     torch.testing.assert_close(theirs.train(training)(x), y)
     lora_kernels.apply_lora_kernels_to_model(theirs)
     torch.testing.assert_close(theirs(x), y)
-    for other in (copy.deepcopy(model), *([] if "loralib" in name or "litgpt" in name else [pickled(model)])):
+    for other in (copy.deepcopy(model), *([] if name.startswith(NO_PICKLE) else [pickled(model)])):
         assert type(other[0]) is type(model[0]) and torch.equal(other(x), y)
 
 
@@ -223,7 +235,7 @@ def test_disabled(x):
     assert_right(model, x)
 
 
-@feature("`torch.compile(fullgraph=True)`", f"{FUSED} (one operator)", "all four")
+@feature("`torch.compile(fullgraph=True)`", f"{FUSED} (one operator)", "all five")
 @pytest.mark.parametrize("name", LAYERS)
 def test_compile_fullgraph(name, x):
     torch.compiler.reset()
@@ -248,7 +260,7 @@ NOT_FUSED = {
 }
 
 
-@feature("hooks on parts, parametrised or trained base weights, another dtype, a negative scaling", EXACT, "all four")
+@feature("hooks on parts, parametrised or trained base weights, another dtype, a negative scaling", EXACT, "all five")
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_what_is_not_fused(name, x):
     layer, change, reason = NOT_FUSED[name]
@@ -277,6 +289,60 @@ def test_other_classes(x):
     deepspeed_model[0].quantization_config = object()
     with pytest.warns(UserWarning, match="sharded or quantised"):
         lora_kernels.apply_lora_kernels_to_model(deepspeed_model)
+
+
+@feature("`TritonLinearLoRA`", FUSED, "NeMo")
+def test_nemo_triton(x):
+    model, theirs = nn.Sequential(nemo_linear(use_triton=True)), nn.Sequential(nemo_linear())
+    nn.init.normal_(model[0].lora_B.weight)
+    theirs.load_state_dict(model.state_dict())
+    assert lora_kernels.apply_lora_kernels_to_model(model).fused == ["0"]
+    torch.testing.assert_close(model(x), theirs(x))
+    lora_kernels.unpatch_peft(model)
+    assert isinstance(model[0], nemo().TritonLinearLoRA) and not isinstance(model[0], linears.Fused)
+
+
+@feature("DoRA, dropout after B in training", EXACT, "NeMo")
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"use_dora": True}, "DoRA"), ({"dropout_position": "post"}, "dropout after B")]
+)
+def test_nemo_variants(settings, reason, x):
+    model = nn.Sequential(nemo_linear(0.4, **settings))
+    nn.init.normal_(model[0].lora_B.weight)
+    theirs = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=reason):
+        assert reason in lora_kernels.apply_lora_kernels_to_model(model).skipped["0"]
+        model(x)
+    results = []
+    for each in (model, theirs):
+        torch.manual_seed(4)
+        results.append(each(x))
+    assert torch.equal(*results)
+    if "dropout" in reason:
+        assert lora_kernels.apply_lora_kernels_to_model(model.eval()).fused == ["0"]
+        torch.testing.assert_close(model(x), theirs.eval()(x))
+
+
+@feature("an MLP that NeMo itself runs as one operation (`use_memory_efficient_lora`)", f"{EXACT}; NeMo's own", "NeMo")
+def test_nemo_runs_the_whole_mlp(x):
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(K, N, bias=False), nn.Linear(K, N, bias=False)
+            self.down_proj, self.act_fn = nn.Linear(N, K, bias=False), nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    for whole in (True, False):
+        model = nn.Sequential(MLP())
+        settings = nemo().PeftConfig(match_all_linear=True, dim=R, use_memory_efficient_lora=whole)
+        assert nemo().apply_lora_to_linear_modules(model, settings) == 3
+        y = model(x)
+        with contextlib.nullcontext() if not whole else pytest.warns(UserWarning, match="NeMo runs the whole MLP"):
+            report = lora_kernels.apply_lora_kernels_to_model(model)
+        assert len(report.skipped if whole else report.fused) == 3
+        torch.testing.assert_close(model(x), y)
 
 
 def test_a_layer_without_an_adapter_is_not_reported(x):

@@ -17,6 +17,7 @@ LIBRARIES = {
     "litgpt": "litgpt.lora",
     "torchtune": "torchtune.modules.peft.lora",
     "deepspeed": "deepspeed.linear.optimized_linear",
+    "nemo": "nemo_automodel.components._peft.lora",
 }
 
 
@@ -62,7 +63,7 @@ def _lines(layers):
 def apply_lora_kernels_to_model(model: nn.Module, *, blocks: bool = False) -> Report:
     """Let the LoRA layers of `model` run fused, in place; those that cannot go on as they were, and the report says why.
 
-    model  has layers of PEFT (0.18 to 0.21), microsoft's loralib, LitGPT, torchtune or DeepSpeed
+    model  has layers of PEFT (0.18 to 0.21), microsoft's loralib, LitGPT, torchtune, DeepSpeed or NeMo
     blocks also run q, k and v of an attention block as one operation, and gate, up and down of an MLP: in Llama, Mistral, Qwen
            and Gemma models of transformers. Needs to be said again after adapters were added to other layers
 
