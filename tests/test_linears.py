@@ -1,4 +1,4 @@
-"""LoRA layers of loralib, LitGPT, torchtune, DeepSpeed and NeMo: every fused call against the library's own forward, and fp64."""
+"""LoRA layers of loralib, LitGPT, torchtune, DeepSpeed and NeMo: every fused call against the library's own and fp64."""
 
 import contextlib
 import copy
@@ -115,8 +115,13 @@ def assert_right(model, x):
     """y and all gradients of the one layer are as near to fp64 as the library's own."""
     [layer], (exact,), (theirs,) = model, own(model, torch.float64), own(model)
     assert isinstance(layer, linears.Fused) and not isinstance(theirs, linears.Fused)
+    assert_as_near(lambda x: linears.compute(layer.parts(), x), layer, theirs, exact, x)
+
+
+def assert_as_near(fused, layer, theirs, exact, x):
+    """What `fused` makes of x and of `layer`'s parameters is as near to `exact` as what `theirs` does."""
     with judge._recorded_seeds() as seeds:
-        ours = judge._results(layer._fused, layer, x, True)
+        ours = judge._results(fused, layer, x, True)
     with judge._same_dropout(seeds):
         wanted = judge._results(theirs, theirs, x, True)
         with torch.autocast(DEVICE, enabled=False):

@@ -42,15 +42,17 @@ class Fused:
     def forward(self, x: Tensor) -> Tensor:
         if self.adapts():
             try:
-                return self._fused(x)
+                return compute(self.parts(), x)
             except NotFused as reason:
                 fall_back(f"{kind(type(self))}: {reason.args[0]}")
         return super().forward(x)
 
-    def _fused(self, x):
-        weight, bias, lora_a, lora_b, scaling, dropout_p = _checked(self.parts())
-        check_call(x, weight, lora_a)
-        return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
+
+def compute(parts: Parts, x: Tensor) -> Tensor:
+    """What a layer of these parts makes of x; raises NotFused."""
+    weight, bias, lora_a, lora_b, scaling, dropout_p = _checked(parts)
+    check_call(x, weight, lora_a)
+    return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
 
 
 def kind(layer_class: type) -> str:
