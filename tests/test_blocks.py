@@ -333,6 +333,32 @@ def test_modules_hold_their_layers():
     torch.testing.assert_close(qkv(x), (q(x), k(x), v(x)))
 
 
+def test_modules_over_quantised_weights():
+    """As layer by layer; one that is merged has requantised its weight."""
+
+    def layer(k, n):
+        made = LoRALinear.from_linear(torch.nn.Linear(k, n), r=4, quantize="nf4")
+        torch.nn.init.normal_(made.lora_B.weight)
+        return made
+
+    q, k, v, gate, up, down = (layer(*sizes) for sizes in 3 * [(64, 64)] + 2 * [(64, 128)] + [(128, 64)])
+    x, learn = torch.randn(2, 5, 64), [p for each in (q, k, v, gate, up, down) for p in each.lora_A.parameters()]
+    qkv, mlp = LoRAQKV(q, k, v), LoRAMLP(gate, up, down)
+    for merged in (False, True):
+        if merged:
+            up.merge()
+        as_one = (*qkv(x), mlp(x))
+        alone = q(x), k(x), v(x), down(torch.nn.functional.silu(gate(x)) * up(x))
+        assert_alike(as_one, alone)
+        grads = (
+            torch.autograd.grad(sum(y.square().sum() for y in ys), learn, allow_unused=True) for ys in (as_one, alone)
+        )
+        ours, theirs = ([g for g in each if g is not None] for each in grads)
+        assert len(ours) == len(theirs) == 6 - merged
+        assert_alike(ours, theirs)
+    assert set(mlp.state_dict()) >= {"up_proj.lora_A.weight"} and set(qkv.state_dict()) >= {"q_proj.lora_A.weight"}
+
+
 A, B, W = torch.ones(2, 8), torch.ones(6, 2), torch.ones(6, 8)
 
 

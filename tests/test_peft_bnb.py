@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 from conftest import DEVICE
 from features import EXACT, FUSED, feature
 from peft_judge.cases import CLOSE, config, peft_model, step
 
 import lora_kernels
-from lora_kernels.integrations import peft, peft_bnb
+from lora_kernels import testing
+from lora_kernels.integrations import peft_bnb
+from lora_kernels.integrations import transformers as blocks
 
 pytest_plugins = ["peft_judge.cases"]
 pytestmark = pytest.mark.usefixtures("as_before", "judge")
@@ -197,28 +199,70 @@ def test_int8():
     assert report.fused == ["base_model.model.head"] and peft_bnb.QUANTISES_X in report.skipped.values()
 
 
+TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+
+
+def llama(dtype, targets=TARGETS):
+    """A small model of transformers, in nf4 and ready to train as PEFT makes it: checkpointed, its norms in fp32."""
+    transformers = pytest.importorskip("transformers")
+    config_of = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(1)
+    base = transformers.LlamaForCausalLM(config_of).bfloat16().to(dtype)  # the same weights in each
+    for name, module in list(base.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            options = {"bias": False, "compute_dtype": dtype, "quant_type": "nf4"}
+            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, **options)
+            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+            base.set_submodule(name, layer)
+    base.is_loaded_in_4bit = True
+    return peft_model(config(targets), peft.prepare_model_for_kbit_training(base.to(DEVICE))).train()
+
+
+def loss_and_gradients(model, dtype):
+    tokens = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(3), device="cpu").to(DEVICE)
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    model.zero_grad()
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
 @feature("a model of transformers after `prepare_model_for_kbit_training`, checkpointed, under autocast", FUSED)
 def test_a_model_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    from peft import prepare_model_for_kbit_training
+    found = loss_and_gradients(fuse(llama(torch.bfloat16)), torch.bfloat16)
+    assert len(found) == 29 and all(t.isfinite().all() and t.any() for t in found.values())
 
-    config_of = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-    )
-    llama = transformers.LlamaForCausalLM(config_of).to(torch.bfloat16)
-    for name, module in list(llama.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            layer = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-            )
-            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=layer)
-            llama.set_submodule(name, layer)
-    llama.is_loaded_in_4bit = True
-    llama = prepare_model_for_kbit_training(llama.to(DEVICE))
-    model = fuse(peft_model(config("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()), llama)).train()
-    tokens = torch.randint(64, (2, 12), device=DEVICE)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        model(input_ids=tokens, labels=tokens).loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(trained) == 28 and all(p.grad.isfinite().all() and p.grad.any() for p in trained)
-    assert any(isinstance(module, peft.Fused) for module in model.modules())
+
+@feature(
+    "the same with `blocks=True`: as one over nf4, projections without an adapter too", f"{FUSED} (a block as one)"
+)
+@pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "v_proj", "up_proj"]], ids=["all", "some"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks(dtype, targets, monkeypatch):
+    calls = []
+    for name in ("lora_projections", "lora_mlp"):
+        original = getattr(blocks, name)
+        monkeypatch.setattr(blocks, name, lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k))
+    model = llama(dtype, targets)
+    expected, exact = loss_and_gradients(model, dtype), loss_and_gradients(llama(torch.float32, targets), torch.float32)
+    report = lora_kernels.apply_lora_kernels_to_model(model, blocks=True)
+    assert len(report.blocks) == 4 and not report.skipped and not any(block.reason for block in report.blocks)
+    found = loss_and_gradients(model, dtype)
+    assert calls.count("lora_projections") == calls.count("lora_mlp") == 4  # twice, since it is checkpointed
+    for name, gradient in found.items():
+        zero = torch.zeros_like(gradient)
+        assert gradient.dtype == expected[name].dtype
+        error, yardstick = (testing.errors(each[name], exact[name], zero)["rms"][0] for each in (found, expected))
+        assert error <= testing.Budget(yardstick, 2.0, max(1e-5, 2 * torch.finfo(dtype).eps)).limit, name
+
+
+@feature("a block of which one layer is in fp4", f"{EXACT}; layer by layer")
+def test_a_block_in_fp4():
+    model = llama(torch.float32, ["q_proj", "v_proj", "up_proj"])
+    inner = model.base_model.model.model.layers[0].mlp
+    inner.gate_proj.weight.quant_state.quant_type = "fp4"
+    with pytest.warns(UserWarning, match="gate, up and down as one: the weight is in fp4"):
+        lora_kernels.apply_lora_kernels_to_model(model, blocks=True)
+        inner(torch.randn(2, 64))

@@ -54,8 +54,7 @@ class Fused:
         weight, lora_a, lora_b, scaling, bias, dropout_p = self._operands(x)
         if dropout_p > 0.0 and sharding.is_dtensor(x):
             raise NotFused("dropout on DTensors")
-        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
-        return y if isinstance(weight, Tensor) else y.to(x.dtype)  # bitsandbytes returns that under autocast too
+        return as_theirs(lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p), weight, x)
 
     def operands(self, x):
         """`(weight [N,K], lora_a [R,K], lora_b [N,R], scaling, bias, dropout_p)` of the active adapters, for x."""
@@ -112,14 +111,7 @@ class Fused:
 
     def weight_and_bias(self):
         """The base layer's `weight [N,K]` and bias."""
-        base, quantised = sharding.unwrapped(self._modules["base_layer"]), _bitsandbytes()
-        kind = sharding.kind(base)
-        if quantised is not None and kind in quantised.KINDS:
-            return quantised.weight_and_bias(base)
-        if kind is not nn.Linear and kind is not Conv1D:
-            raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
-        weight, bias = parameter("the base layer", base, "weight"), parameter("the base layer", base, "bias")
-        return weight if kind is nn.Linear else weight.mT, bias
+        return weight_and_bias(self._modules["base_layer"])
 
     def adapter(self, name):
         """`(lora_a [R,K], lora_b [N,R], scaling, dropout_p)` of one adapter."""
@@ -163,6 +155,23 @@ def _classes() -> dict[type, type]:
     """PEFT's classes, and ours."""
     quantised = _bitsandbytes()
     return {Linear: FusedLinear} | ({} if quantised is None else {quantised.bnb.Linear4bit: quantised.FusedLinear4bit})
+
+
+def weight_and_bias(base):
+    """`weight [N,K]` and bias of a layer without an adapter."""
+    base, quantised = sharding.unwrapped(base), _bitsandbytes()
+    kind = sharding.kind(base)
+    if quantised is not None and kind in quantised.KINDS:
+        return quantised.weight_and_bias(base)
+    if kind is not nn.Linear and kind is not Conv1D:
+        raise NotFused(f"the base layer is a {kind.__module__}.{kind.__name__}")
+    weight, bias = parameter("the base layer", base, "weight"), parameter("the base layer", base, "bias")
+    return weight if kind is nn.Linear else weight.mT, bias
+
+
+def as_theirs(y, weight, x):
+    """y in the dtype that the library returns: bitsandbytes' layers keep x's under autocast too."""
+    return y if isinstance(weight, Tensor) else y.to(x.dtype)
 
 
 def combined(adapters):

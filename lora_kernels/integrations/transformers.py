@@ -15,8 +15,8 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.integrations import Layer
-from lora_kernels.integrations.checks import NotFused, casts, check_call, check_hooks, fall_back
-from lora_kernels.integrations.peft import Fused, reason_not_fused
+from lora_kernels.integrations.checks import NotFused, check_call, check_hooks, fall_back
+from lora_kernels.integrations.peft import Fused, as_theirs, reason_not_fused, weight_and_bias
 
 # Their attention blocks have q_proj, k_proj and v_proj of one x; their MLPs are down_proj(act_fn(gate_proj(x)) * up_proj(x)).
 ARCHITECTURES = {
@@ -52,7 +52,8 @@ class Together:
             except NotFused as reason:
                 fall_back(f"q, k and v as one: {reason.args[0]}")
                 return None
-            self.x, self.ys = x, dict(zip(layers, lora_projections(x, projections), strict=True))
+            ys = map(as_theirs, lora_projections(x, projections), [p.weight for p in projections], [x] * len(layers))
+            self.x, self.ys = x, dict(zip(layers, ys, strict=True))
         y = self.ys.pop(layer)
         if not self.ys:
             self.x = None
@@ -70,7 +71,8 @@ class FusedMLP:
             try:
                 layers = [self._modules[name] for name in GATED]
                 if any(map(_is_active, layers)):
-                    return lora_mlp(x, *(_projection(layer, x) for layer in layers), activation=_activation(self))
+                    gate, up, down = (_projection(layer, x) for layer in layers)
+                    return as_theirs(lora_mlp(x, gate, up, down, _activation(self)), down.weight, x)
             except NotFused as reason:
                 fall_back(f"gate, up and down as one: {reason.args[0]}")
         return super().forward(x)
@@ -79,18 +81,12 @@ class FusedMLP:
 def _projection(layer, x) -> Projection:
     check_hooks("a layer", layer)
     if _is_active(layer):
-        projection = Projection(*layer.operands(x))
-        if not isinstance(projection.weight, Tensor) and casts(x):
-            raise NotFused("a quantised base under autocast to another dtype")
-        return projection
-    if isinstance(layer, Fused):
-        if layer._disable_adapters or layer.merged_adapters:
-            raise NotFused("one layer's adapter is disabled or merged, another's is not")
-        weight, bias = layer.weight_and_bias()
-    elif type(layer) is nn.Linear:
-        weight, bias = layer.weight, layer.bias
-    else:
-        raise NotFused(f"a layer is a {type(layer).__name__}")
+        return Projection(*layer.operands(x))
+    if isinstance(layer, Fused) and (layer._disable_adapters or layer.merged_adapters):
+        raise NotFused("one layer's adapter is disabled or merged, another's is not")
+    base = layer._modules["base_layer"] if isinstance(layer, Fused) else layer
+    check_hooks("a layer", base)
+    weight, bias = weight_and_bias(base)
     check_call(x, weight, x)
     return Projection(weight, bias=bias)
 
