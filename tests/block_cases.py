@@ -25,7 +25,7 @@ class Block:
     scalings: tuple = (2.0, 2.0, 2.0)
     base: bool = True
     seed: int = 0
-    frozen: tuple = ()  # of x and "lora_a", "lora_b", "bias" of the layers: what gets no gradient
+    frozen: tuple = ()  # what gets no gradient: of "x", "lora_a", "lora_b", "bias" of all layers, "0.lora_a" of one
     leading: tuple = ()
 
     def inputs(self):
@@ -34,17 +34,16 @@ class Block:
 
         def draw(name, shape, scale, dtype=self.dtype):
             values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-            return testing.guarded(values.to(dtype), device=DEVICE).requires_grad_(
-                name not in self.frozen and name not in ("weight", "dy")
-            )
+            frozen = {"weight", "dy", *self.frozen} & {name, name.split(".")[-1]}
+            return testing.guarded(values.to(dtype), device=DEVICE).requires_grad_(not frozen)
 
         projections, lora_dtype = [], self.lora_dtype or self.dtype
         for i, (n, r, bias, dropout_p) in enumerate(self.layers):
             k = self.layers[0][0] if self.mlp and i == 2 else self.k
             weight = draw("weight", (n, k), float(self.base) / math.sqrt(k))
-            a = draw("lora_a", (r, k), 1 / math.sqrt(k), lora_dtype) if r else None
-            b = draw("lora_b", (n, r), 1 / math.sqrt(r), lora_dtype) if r else None
-            bias = draw("bias", (n,), float(self.base)) if bias else None
+            a = draw(f"{i}.lora_a", (r, k), 1 / math.sqrt(k), lora_dtype) if r else None
+            b = draw(f"{i}.lora_b", (n, r), 1 / math.sqrt(r), lora_dtype) if r else None
+            bias = draw(f"{i}.bias", (n,), float(self.base)) if bias else None
             projections.append(Projection(weight, a, b, self.scalings[i], bias, dropout_p if r else 0.0))
         widths = [self.layers[-1][0]] if self.mlp else [n for n, *_ in self.layers]
         dys = [draw("dy", (*self.leading, self.m, n), 1.0) for n in widths]
@@ -97,14 +96,14 @@ def check(block, backend=None, strategy=None):
         wanted = learning(x, projections)
         with testing.poisoned_empty():
             runs = []
-            for _ in range(2):
+            for _ in range(1 + twin.base):  # the same bits again
                 ys = run(twin, x, projections, backend, strategy)
                 grads = torch.autograd.grad(ys, list(wanted.values()), dys) if wanted else ()
                 runs.append({f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(wanted, grads, strict=True)))
         truth = expected(twin, x, projections, dys, torch.Tensor.double)
         eager = expected(twin, x, projections, dys, partial(torch.Tensor.to, dtype=twin.dtype))
         for name, actual in runs[0].items():
-            assert torch.equal(actual, runs[1][name]), f"{name}: a second run gave other bits\n{twin}"
+            assert torch.equal(actual, runs[-1][name]), f"{name}: a second run gave other bits\n{twin}"
             like = actual if name.startswith("y") else wanted[name]
             assert actual.dtype == like.dtype
             kind = {"x": "dx", "lora_a": "da", "lora_b": "db", "bias": "dbias"}.get(name.split(".")[-1], "y")
@@ -116,3 +115,19 @@ def check(block, backend=None, strategy=None):
             )  # fmt: skip
             theirs = eager[name].to(like.dtype)
             testing.compare(case, kind, actual, truth[name], theirs, torch.zeros_like(truth[name]))
+
+
+def check_glu(kernels, activation, dtype=torch.float32):
+    """AssertionError where what lies between an MLP's layers, or its gradient, is off, far from zero or at the end."""
+    far = torch.tensor([-1e4, -200.0, -89.0, 0.0, 89.0, 200.0, 1e4])
+    z = torch.cat((torch.linspace(-9, 9, 1500), far)).to(DEVICE, dtype)
+    u, dp = (testing.guarded(torch.randn(z.shape).to(dtype), device=DEVICE) for _ in range(2))
+    f, slope = reference.activated(z.double(), activation)
+    with testing.poisoned_empty():
+        p = kernels.glu(z, u, activation)
+        dz, du = kernels.glu_backward(testing.guarded(dp, device=DEVICE), z, u, activation)
+    for name, actual, exact, size in (
+        ("p", p, f * u, z.abs() * u.abs()), ("dz", dz, dp * u * slope, (dp * u).abs()), ("du", du, dp * f, (dp * z).abs()),
+    ):  # fmt: skip
+        error = ((actual.double() - exact).abs() / (size.double() + 1e-30)).max()
+        assert error <= 16 * torch.finfo(dtype).eps, f"{name} is off by {error:.1e}"

@@ -8,7 +8,7 @@ import block_cases
 import pytest
 import torch
 from block_cases import Block, check, learning, run
-from conftest import DEVICE, STRATEGIES, supports
+from conftest import DEVICE, INTERPRETED, STRATEGIES, supports
 from torch.utils import checkpoint
 
 from lora_kernels import (
@@ -23,6 +23,7 @@ from lora_kernels import (
     reference,
     testing,
 )
+from lora_kernels.backends import eager, triton_shared
 
 BF16 = {"dtype": torch.bfloat16}
 GQA = ((64, 8, True, 0.0), (16, 8, True, 0.0), (16, 4, False, 0.0))
@@ -35,7 +36,7 @@ CASES = {
     "qkv-odd": Block(37, 75, ((71, 5, True, 0.0), (17, 3, False, 0.0), (17, 33, True, 0.0)), **BF16),
     "qkv-aligned": Block(32, 40, ((64, 8, True, 0.0), (16, 8, False, 0.0)), dtype=torch.float16),
     "qkv-scalings": Block(33, 40, GQA, scalings=(2.0, 0.5, 1 / 3), **BF16),
-    "qkv-k-without-adapter": Block(33, 40, (GQA[0], (16, 0, True, 0.0), GQA[2]), **BF16),
+    "qkv-k-without-adapter": Block(33, 40, ((64, 40, True, 0.0), (16, 0, True, 0.0), GQA[2]), **BF16),
     "qkv-only-v": Block(33, 40, ((64, 0, False, 0.0), (16, 0, True, 0.0), GQA[2]), **BF16),
     "qkv-dropout": Block(33, 40, DROPPED, **BF16),
     "qkv-dropout-on-one": Block(33, 40, (DROPPED[0], *GQA[1:]), **BF16),
@@ -43,29 +44,38 @@ CASES = {
     "qkv-leading": Block(11, 40, GQA, leading=(3,), **BF16),
     "qkv-frozen-x": Block(33, 40, GQA, frozen=("x",), **BF16),
     "qkv-frozen-a": Block(33, 40, GQA, frozen=("lora_a",), **BF16),
+    "qkv-frozen-some": Block(33, 40, GQA, frozen=("0.lora_a", "1.lora_b", "1.bias", "2.lora_a", "2.lora_b")),
     "qkv-frozen-b": Block(33, 40, GQA, frozen=("lora_b", "bias"), **BF16),
     "qkv-inference": Block(33, 40, GQA, frozen=("x", "lora_a", "lora_b", "bias"), **BF16),
     "qkv-no-rows": Block(0, 40, GQA),
     "mlp": Block(33, 40, MLP, "silu"),
     "mlp-bf16": Block(33, 40, MLP, "silu", **BF16),
-    "mlp-gelu": Block(33, 40, MLP, "gelu_tanh"),
+    "mlp-gelu-and-biases": Block(33, 40, tuple((n, r, True, p) for n, r, _, p in MLP), "gelu_tanh"),
     "mlp-gelu-fp16": Block(33, 40, MLP, "gelu_tanh", dtype=torch.float16),
     "mlp-biases-and-dropout": Block(33, 40, tuple((n, r, True, 0.2) for n, r, *_ in MLP), "silu"),
     "mlp-fp32-adapters": Block(33, 40, MLP, "silu", dtype=torch.bfloat16, lora_dtype=torch.float32),
     "mlp-down-without-adapter": Block(33, 40, (*MLP[:2], (40, 0, True, 0.0)), "silu"),
     "mlp-only-down": Block(33, 40, ((72, 0, False, 0.0), (72, 0, False, 0.0), MLP[2]), "silu"),
     "mlp-frozen-x": Block(33, 40, MLP, "silu", frozen=("x",)),
+    "mlp-frozen-some": Block(33, 40, MLP, "silu", frozen=("x", "0.lora_a", "1.lora_b", "2.lora_b")),
     "mlp-frozen-a": Block(33, 40, MLP, "silu", frozen=("x", "lora_a")),
     "mlp-no-rows": Block(0, 40, MLP, "silu"),
 }
 
 
-INTERPRETED = {  # what differs between strategies; the interpreter is slow
-    "extended": ("qkv-bf16", "qkv-k-without-adapter", "qkv-dropout-on-one", "qkv-frozen-a", "qkv-no-rows", "mlp-bf16"),
-    "chained": ("qkv-scalings", "mlp-biases-and-dropout", "mlp-gelu-fp16"),
+ON_KERNELS = {  # what differs between strategies; the interpreter is slow
+    "extended": ("qkv-k-without-adapter", "qkv-dropout-on-one", "qkv-no-rows", "mlp-bf16"),
+    "chained": ("qkv-scalings", "mlp-gelu-and-biases"),
     "single_pass": ("qkv-bf16",),
     "one_launch": ("qkv-aligned",),
 }
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """What is the same for every backend, on the one that is fast in the interpreter."""
+    if INTERPRETED:
+        monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
 
 
 @pytest.mark.parametrize(
@@ -73,8 +83,8 @@ INTERPRETED = {  # what differs between strategies; the interpreter is slow
     [
         pytest.param(name, backend, strategy, id=f"{name}-{backend}-{strategy}")
         for backend, strategy in STRATEGIES
-        for name in (CASES if backend != "triton" or DEVICE == "cuda" else INTERPRETED[strategy])
-        if strategy != "one_launch" or name in INTERPRETED["one_launch"]
+        for name in (CASES if backend != "triton" or DEVICE == "cuda" else ON_KERNELS[strategy])
+        if strategy != "one_launch" or name in ON_KERNELS["one_launch"]
     ],
 )
 def test_within_the_error_budget(name, backend, strategy):
@@ -109,6 +119,15 @@ def test_the_judge_rejects(block, damage, monkeypatch):
         check(block, "eager")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("products", [triton_shared, eager], ids=["triton", "eager"])
+def test_between_the_layers_of_an_mlp(products, activation, dtype):
+    if products is triton_shared and "triton" not in dict(STRATEGIES):
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    block_cases.check_glu(products, activation, dtype)
+
+
 @pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("pair", [pair for pair in STRATEGIES if pair[0] != "triton"] or STRATEGIES[:1], ids="-".join)
@@ -127,10 +146,12 @@ def test_gradcheck_in_fp64(activation, dropout_p, pair):
         ]
         return run(block, given["x"], with_them, *pair)
 
-    torch.autograd.gradcheck(function, tensors)
+    torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("block", [CASES["qkv-bf16"], CASES["mlp"], CASES["mlp-gelu"]], ids=["qkv", "mlp", "gelu"])
+@pytest.mark.parametrize(
+    "block", [CASES["qkv-bf16"], CASES["mlp"], CASES["mlp-gelu-and-biases"]], ids=["qkv", "mlp", "gelu"]
+)
 def test_specification_equals_autograd(block):
     x, projections, dys = replace(block, dtype=torch.float64).inputs()
     wanted = learning(x, projections)
@@ -169,7 +190,7 @@ def assert_alike(some, others):
 
 
 @pytest.mark.parametrize("name", ["qkv-dropout", "mlp-biases-and-dropout", "qkv-k-without-adapter"])
-def test_draws_the_masks_that_layer_by_layer_would(name):
+def test_draws_the_masks_that_layer_by_layer_would(name, quick):
     x, projections, dys = CASES[name].inputs()
     wanted = list(learning(x, projections).values())
     ys = run(CASES[name], x, projections)
@@ -179,8 +200,10 @@ def test_draws_the_masks_that_layer_by_layer_would(name):
     assert_alike(*(torch.autograd.grad(each, wanted, dys) for each in (ys, others)))
 
 
-@pytest.mark.parametrize("name", ["qkv", "qkv-dropout", "mlp", "mlp-biases-and-dropout", "mlp-frozen-a"])
-def test_saves_x_and_h_and_of_the_mlp_gate_and_up(name):
+@pytest.mark.parametrize(
+    "name", ["qkv", "qkv-dropout", "qkv-frozen-b", "mlp", "mlp-biases-and-dropout", "mlp-frozen-a"]
+)
+def test_saves_x_and_h_and_of_the_mlp_gate_and_up(name, quick):
     block = CASES[name]
     x, projections, _ = block.inputs()
     own = {t.data_ptr() for p in projections for t in p if isinstance(t, torch.Tensor)}
@@ -190,14 +213,13 @@ def test_saves_x_and_h_and_of_the_mlp_gate_and_up(name):
     shapes = sorted(tuple(s.shape) for s in saved if s.data_ptr() not in own and s.dim())
     gate_and_up = [(block.m, block.layers[0][0])] * 2 if block.mlp else []
     of_x = [] if "lora_a" in block.frozen else [(block.m, block.k)]
-    assert shapes == sorted([*of_x, *gate_and_up, *((block.m, r) for _, r, *_ in block.layers)])
+    hs = [] if "lora_b" in block.frozen else [(block.m, r) for _, r, *_ in block.layers]
+    assert shapes == sorted([*of_x, *gate_and_up, *hs])
     bits = {s.data_ptr() for s in saved}
     assert not bits & {y.data_ptr() for y in ys}
 
 
 def test_one_shrink_and_one_pass_for_da(monkeypatch):
-    from lora_kernels.backends import eager
-
     calls = []
     for name in ("shrink", "wgrad"):
         original = getattr(eager, name)
@@ -207,7 +229,7 @@ def test_one_shrink_and_one_pass_for_da(monkeypatch):
     assert calls == [("shrink", x.shape), ("wgrad", x.shape)]
 
 
-def test_a_result_that_is_not_used():
+def test_a_result_that_is_not_used(quick):
     x, projections, dys = CASES["qkv"].inputs()
     wanted = learning(x, projections)
     q, _, v = run(CASES["qkv"], x, projections)
@@ -220,7 +242,7 @@ def test_a_result_that_is_not_used():
             torch.testing.assert_close(grad, theirs)
 
 
-def test_results_may_be_modified_in_place_and_backward_run_twice():
+def test_results_may_be_modified_in_place_and_backward_run_twice(quick):
     block = CASES["mlp"]
     x, projections, dys = block.inputs()
     (y,) = run(block, x, projections)
@@ -232,7 +254,7 @@ def test_results_may_be_modified_in_place_and_backward_run_twice():
 
 
 @pytest.mark.parametrize("name", ["qkv", "mlp"])
-def test_double_backward_raises_and_changed_parameters_too(name):
+def test_double_backward_raises_and_changed_parameters_too(name, quick):
     x, projections, dys = CASES[name].inputs()
     ys = run(CASES[name], x, projections)
     (dx,) = torch.autograd.grad(ys, x, dys, create_graph=True)
@@ -247,7 +269,7 @@ def test_double_backward_raises_and_changed_parameters_too(name):
 
 @pytest.mark.parametrize("name", ["qkv-dropout", "mlp-biases-and-dropout"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_replays_the_masks(name, reentrant):
+def test_checkpointing_replays_the_masks(name, reentrant, quick):
     block = CASES[name]
     x, projections, dys = block.inputs()
     wanted = list(learning(x, projections).values())
@@ -258,7 +280,7 @@ def test_checkpointing_replays_the_masks(name, reentrant):
 
 
 @pytest.mark.parametrize("name", ["qkv", "mlp"])
-def test_autocast_equals_the_casts_by_hand(name):
+def test_autocast_equals_the_casts_by_hand(name, quick):
     x, projections, dys = CASES[name].inputs()
     half = [
         p._replace(weight=p.weight.bfloat16(), bias=None if p.bias is None else p.bias.bfloat16()) for p in projections
@@ -273,7 +295,7 @@ def test_autocast_equals_the_casts_by_hand(name):
 
 
 @pytest.mark.parametrize("name", ["qkv-k-without-adapter", "mlp"])
-def test_compiles_into_one_graph(name):
+def test_compiles_into_one_graph(name, quick):
     """Layer by layer, through the registered operator."""
     torch._dynamo.reset()
     block, graphs = CASES[name], []
