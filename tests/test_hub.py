@@ -111,7 +111,7 @@ def test_a_local_repository(x, calls, tmp_path):
     variant.mkdir(parents=True)
     (variant / "__init__.py").write_text("from lora_kernels.integrations import hub as layers\n")
     metadata = {"id": "lora_kernels_1", "name": "lora-kernels", "version": 1, "license": "Apache-2.0",
-                "python-depends": [], "backend": {"type": "cpu"}}  # fmt: skip
+                "python-depends": [], "backend": {"type": "cuda"}}  # fmt: skip
     (variant / "metadata.json").write_text(json.dumps(metadata))
     repository = kernels.LocalLayerRepository(tmp_path, layer_name="LoRALinear")
     layer, theirs = kernelized(OfLinears(), repository=repository)
