@@ -131,6 +131,17 @@ def test_nothing_is_remembered(x, calls):
     assert len(calls) == 3
 
 
+@feature("`merged` and `disabled`: the layer's own forward", f"{EXACT}; nothing to add")
+@pytest.mark.parametrize("state", ["merged", "disabled"])
+def test_no_adapter_to_add(state, x, calls):
+    layer, theirs = kernelized(OfLinears())
+    setattr(layer, state, True)
+    assert torch.equal(layer(x), theirs(x)) and not calls
+    setattr(layer, state, False)
+    torch.testing.assert_close(layer(x), theirs(x))
+    assert len(calls) == 1
+
+
 REASONS = {
     "hook": (lambda layer: layer.lora_A.register_forward_hook(lambda *_: None), "lora_A has a hook"),
     "bias": (lambda layer: setattr(layer, "lora_B", nn.Linear(R, N)), "lora_B has a bias"),

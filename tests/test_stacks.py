@@ -178,6 +178,9 @@ def test_an_adapter_of_some_layers_only(calls, said):
         each.set_adapter("some")
     assert_same(model, theirs)
     assert calls == ["lora_projections", "lora_mlp"] * 2 and not said
+    model.base_model.model.model.layers[1].mlp.gate_proj.base_layer.register_forward_pre_hook(no_hook)
+    step(model)
+    assert calls[4:] == ["lora_projections", "lora_mlp", "lora_projections"] and "a layer has a hook" in said[0]
 
 
 @feature("blocks: `deepcopy`, `pickle`, `unpatch_peft(model)`", FUSED)

@@ -20,24 +20,25 @@ from lora_kernels.integrations.linears import Parts, check_plain, parameter
 class LoRALinear(nn.Module):
     """For modules that compute `y = x Wᵀ + bias + scaling B(A(lora_dropout(x)))` and have these attributes:
 
-    weight, bias    parameters `[N,K]`, frozen, and `[N]`; bias may be None, or not there
-    lora_A, lora_B  parameters `[R,K]` and `[N,R]`, or each an `nn.Linear` without bias that holds one
-    scaling         a number
-    lora_dropout    `nn.Dropout` or `nn.Identity`; may not be there
+    weight, bias      parameters `[N,K]`, frozen, and `[N]`; bias may be None, or not there
+    lora_A, lora_B    parameters `[R,K]` and `[N,R]`, or each an `nn.Linear` without bias that holds one
+    scaling           a number
+    lora_dropout      `nn.Dropout` or `nn.Identity`; may not be there
+    merged, disabled  where one is there and true, the module's own forward runs
 
-    x is `[..., K]`. A call that cannot run fused runs the module's own forward, with one warning for each reason;
-    with LORA_KERNELS_STRICT=1 it raises RuntimeError instead. Whether there is an adapter to add (`merged`, `disabled`, ...)
-    is nothing that it asks: what has such states says so by the decorator's `condition`.
+    x is `[..., K]`. A call that cannot run fused runs the module's own forward too, with one warning for each reason;
+    with LORA_KERNELS_STRICT=1 it raises RuntimeError instead.
     """
 
     has_backward = True
     can_torch_compile = True
 
     def forward(self, x: Tensor) -> Tensor:
-        try:
-            return linears.compute(_parts(self), x)
-        except NotFused as reason:
-            fall_back(f"{type(self).__name__}: {reason.args[0]}")
+        if not (getattr(self, "merged", False) or getattr(self, "disabled", False)):
+            try:
+                return linears.compute(_parts(self), x)
+            except NotFused as reason:
+                fall_back(f"{type(self).__name__}: {reason.args[0]}")
         return type(self).forward(self, x)
 
 

@@ -52,8 +52,8 @@ class Together:
             except NotFused as reason:
                 fall_back(f"q, k and v as one: {reason.args[0]}")
                 return None
-            ys = map(as_theirs, lora_projections(x, projections), [p.weight for p in projections], [x] * len(layers))
-            self.x, self.ys = x, dict(zip(layers, ys, strict=True))
+            ys = zip(lora_projections(x, projections), projections, strict=True)
+            self.x, self.ys = x, dict(zip(layers, (as_theirs(y, p.weight, x) for y, p in ys), strict=True))
         y = self.ys.pop(layer)
         if not self.ys:
             self.x = None
