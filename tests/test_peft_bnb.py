@@ -258,6 +258,16 @@ def test_blocks(dtype, targets, monkeypatch):
         assert error <= testing.Budget(yardstick, 2.0, max(1e-5, 2 * torch.finfo(dtype).eps)).limit, name
 
 
+def test_blocks_keep_the_dtype_of_x_under_autocast():
+    """As bitsandbytes' layers do, one by one."""
+    model = llama(torch.bfloat16)
+    lora_kernels.apply_lora_kernels_to_model(model, blocks=True)
+    layer, inputs = model.base_model.model.model.layers[0], torch.randn(2, 5, 64)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert layer.self_attn.q_proj(inputs).dtype == layer.mlp(inputs).dtype == torch.float32
+        assert set(layer.self_attn.q_proj.together.ys) == {layer.self_attn.k_proj, layer.self_attn.v_proj}
+
+
 @feature("a block of which one layer is in fp4", f"{EXACT}; layer by layer")
 def test_a_block_in_fp4():
     model = llama(torch.float32, ["q_proj", "v_proj", "up_proj"])
