@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include "dropout.h"
 #include "product.h"
+#include "share.h"
 
 namespace {
 
@@ -19,32 +20,11 @@ constexpr int64_t kElements = kDepth * kPerUnit<T>;
 static_assert(kDepth % (8 * kCounters) == 0 && kSweep % (8 * kCounters) == 0 && kPanel % 8 == 0,
               "the mask is drawn in whole vectors, from any panel");
 
-struct Share { int64_t begin, end; };
-
-// The part of `count` for this thread, in multiples of `of`.
-inline Share share(int64_t count, int64_t of) {
-  const int64_t parts = ceiling(count, of), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  return {parts * thread / threads * of, smaller(count, parts * (thread + 1) / threads * of)};
-}
-
-// Calls visit(first, count) for blocks of `step` in a share.
-template <class Visit>
-inline void each_block(Share share, int64_t step, Visit visit) {
-  for (int64_t i = share.begin; i < share.end; i += step) visit(i, smaller(step, share.end - i));
-}
-
 inline bool drops(const LoraLinear& p) { return p.keep_threshold >= 0; }
 
 inline void scale(float* values, float by, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) values[i] *= by;
-}
-
-template <class T>
-inline void add_row(float* to, const T* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
-  if (i < count) store_part(to + i, add(load_part(to + i, count - i), load_part(from + i, count - i)), count - i);
 }
 
 // Asks for the first `bytes` of a row that is to be read soon; the hardware foresees none that lies in another page.

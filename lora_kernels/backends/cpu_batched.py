@@ -1,4 +1,4 @@
-"""The CPU's compiled kernels under PyTorch's base layer: every row its own adapters, in place. csrc/cpu/batched.h."""
+"""The CPU's compiled kernels: every row its own adapters, with the base layer or added to PyTorch's. csrc/cpu/batched.h."""
 
 import ctypes
 
@@ -7,6 +7,7 @@ import torch
 from lora_kernels.backends import cpu_library
 from lora_kernels.backends.cpu_library import DTYPES, Batch, Slice, batched
 from lora_kernels.backends.operands import row_major, with_clean_rows
+from lora_kernels.configs import cpu as configs
 
 STRATEGIES = ("chained",)
 reasons_unsupported = cpu_library.reasons_unsupported
@@ -16,23 +17,43 @@ strategy_reasons_unsupported = cpu_library.strategy_reasons_unsupported
 def forward(x, weight, bias, adapters, plan, strategy):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
     x = row_major(x)
-    y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
-    add(x, y, adapters, plan)
+    if not _multiplies_base(x, weight):
+        y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
+        add(x, y, adapters, plan)
+        return y
+    x = x if _in_pairs(x) else x.clone(memory_format=torch.contiguous_format)
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    _run(x, y, adapters, plan, weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr())
     return y
 
 
 def add(x, y, adapters, plan):
     """`y [M,N]` plus each row's own adapters, in place."""
-    x = row_major(x)
-    if x.shape[0] == 0:
-        return
+    if x.shape[0] > 0:
+        _run(row_major(x), y, adapters, plan, None, 0, None)
+
+
+def _multiplies_base(x, weight) -> bool:
+    """Whether the base layer is one product with the adapters: for few rows, where that was measured to be faster."""
+    first, last = configs.BASE_ROWS.get((cpu_library.instruction_set(), str(x.dtype)), (1, 0))
+    n, k = weight.shape
+    return first <= x.shape[0] <= last and n >= 64 and k % 2 == 0 and weight.stride(1) == 1 and _in_pairs(weight)
+
+
+def _in_pairs(matrix) -> bool:
+    """Whether rows begin at whole pairs of elements."""
+    return matrix.stride(0) % 2 == 0 and matrix.data_ptr() % (2 * matrix.itemsize) == 0
+
+
+def _run(x, y, adapters, plan, w, stride_w, bias):
     memory = adapters[0].memory  # the next step of these adapters has the same plan, as a rule
     known, planned, stride, call, _ = memory.get("cpu", (None,) * 5)
     if known != adapters or planned is not plan or stride != y.stride(0):
         call, slices = _call(x, y, adapters, plan)
         memory["cpu"] = adapters, plan, y.stride(0), call, slices
     run, isa = batched()
-    if not run(call, x.data_ptr(), x.stride(0), y.data_ptr(), torch.get_num_threads(), isa):
+    if not run(call, x.data_ptr(), x.stride(0), y.data_ptr(), w, stride_w, bias, torch.get_num_threads(), isa):
         ranks = sum(s.max_rank for s in adapters)
         raise MemoryError(f"lora_linear_batched: no memory for {plan.slots.numel()} x {ranks} elements of h")
 
@@ -50,7 +71,7 @@ def _call(x, y, adapters, plan):
     batch = Batch(
         slots=plan.slots.data_ptr(), order=plan.order.data_ptr(), slices=ctypes.addressof(slices),
         weights=None if plan.weights is None else plan.weights.data_ptr(), rows=x.shape[0], k=x.shape[1],
-        stride_y=y.stride(0), adapters_per_row=plan.adapters_per_row,
+        columns=y.shape[1], stride_y=y.stride(0), adapters_per_row=plan.adapters_per_row,
         num_slots=adapters[0].ranks.shape[0], num_slices=len(fields), dtype=DTYPES[x.dtype],
     )  # fmt: skip
     return ctypes.byref(batch), slices

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 4
+ABI = 5
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,9 +27,10 @@ class Slice(ctypes.Structure):
 
 class Batch(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "y", "slots", "order", "weights", "slices", "h")),
-        *((name, c_int64) for name in ("rows", "k", "stride_x", "stride_y", "adapters_per_row", "num_slots")),
-        *(("num_slices", c_int64), ("dtype", c_int32), ("threads", c_int32)),
+        *((name, c_void_p) for name in ("x", "w", "bias", "y", "slots", "order", "weights", "slices", "h", "packed_x")),
+        *((name, c_int64) for name in ("rows", "k", "columns", "stride_x", "stride_w", "stride_y")),
+        *((name, c_int64) for name in ("adapters_per_row", "num_slots", "num_slices")),
+        *((name, c_int32) for name in ("dtype", "threads")),
     ]
 
 
@@ -78,7 +79,9 @@ def library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its library does not load: {error}"
     found.lora_isa_name.restype = ctypes.c_char_p
-    found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_void_p, c_int64, c_void_p, c_int32, c_int32)
+    found.lora_batched.argtypes = (
+        ctypes.POINTER(Batch), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32,
+    )  # fmt: skip
     if found.lora_abi() != ABI:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
@@ -111,7 +114,10 @@ def instruction_set() -> str:
 
 @functools.cache
 def batched():
-    """`run(batch, x, stride_x, y, threads, index)`: the batched kernel, and the index of the instruction set in use."""
+    """The batched kernel, and the index of the instruction set in use.
+
+    `run(batch, x, stride_x, y, w, stride_w, bias, threads, index)`
+    """
     return library().lora_batched, _index()
 
 
