@@ -77,12 +77,13 @@ struct LoraLinear {
   const void* b;     // [n, r]
   const void* bias;  // [n], or null
   void* h;           // [m, r]: scaling drop(x) A'; written by forward, read by backward
-  void* y;           // [m, n]: forward writes bias + h B'
+  const void* w;     // [n, k] as in LoraBatch, or null
+  void* y;           // [m, n]: forward writes bias + h B', and with w adds x W'
   const void* dy;    // [m, n]
   void* dx;          // [m, k]: backward writes drop(g A), g = scaling dy B; null where it is not needed, as da and db
   void* da;          // [r, k]: g' drop(x)
   void* db;          // [n, r]: dy' h
-  int64_t m, n, k, r, stride_x, stride_a, stride_b, stride_dy;
+  int64_t m, n, k, r, stride_x, stride_w, stride_a, stride_b, stride_dy;
   int64_t seed;
   int32_t keep_threshold;  // of the 65,536 values of a lane, or -1 without dropout
   float keep_scale, scaling;

@@ -1,14 +1,17 @@
 """The base layer of a batch of few rows by the compiled CPU kernels: csrc/cpu/base.h."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from batches import Batch, assert_within_budget
 from compiled import SETS, needs_library, on_threads
 
-from lora_kernels.backends import cpu_batched
+from lora_kernels import testing
+from lora_kernels.backends import cpu_library
 from lora_kernels.configs import cpu as configs_cpu
+from lora_kernels.testing import Case
 
 pytestmark = needs_library
 CHOICE = ("cpu", "chained")
@@ -36,15 +39,15 @@ def dtype(request, ask_for, monkeypatch):
 
 
 @pytest.fixture
-def torchs(monkeypatch):
-    """The shapes of the base layers that PyTorch multiplied."""
-    seen, linear = [], torch.nn.functional.linear
-    monkeypatch.setattr(cpu_batched.torch.nn.functional, "linear", lambda x, *w: seen.append(x.shape) or linear(x, *w))
+def ours(monkeypatch):
+    """Of each call whether the kernels multiplied the base layer."""
+    seen, decide = [], cpu_library.multiplies_base
+    monkeypatch.setattr(cpu_library, "multiplies_base", lambda *operands: seen.append(decide(*operands)) or seen[-1])
     return seen
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['m']}-{shape['widths']}-{shape['k']}")
-def test_rows_are_right_whatever_their_company_and_the_threads(dtype, torchs, shape):
+def test_rows_are_right_whatever_their_company_and_the_threads(dtype, ours, shape):
     batch = Batch(**shape, dtype=dtype)
     y = batch.run(CHOICE)
     assert_within_budget(batch, y)
@@ -52,7 +55,7 @@ def test_rows_are_right_whatever_their_company_and_the_threads(dtype, torchs, sh
         assert torch.equal(on_threads(threads, batch.run, CHOICE), y)
     for rows in (slice(0, 1), slice(-2, None), slice(len(y) // 2, None)):
         assert torch.equal(batch.run(CHOICE, rows=rows), y[rows])
-    assert not torchs
+    assert all(ours)
 
 
 def apart(matrix, stride):
@@ -62,7 +65,7 @@ def apart(matrix, stride):
     return wide[:, : matrix.shape[1]]
 
 
-def test_operands_as_they_lie(dtype, torchs):
+def test_operands_as_they_lie(dtype, ours):
     batch = Batch(m=19, k=66, widths=(80,), dtype=dtype)
     y = batch.run(CHOICE)
     for change in (
@@ -72,7 +75,28 @@ def test_operands_as_they_lie(dtype, torchs):
         {"bias": apart(batch.bias[:, None], 3)[:, 0]},
     ):
         assert torch.equal(batch.run(CHOICE, **change), y)
-    assert not torchs
+    assert all(ours)
+
+
+CASES = [
+    Case(1, 64, 64, 4),
+    Case(17, 145, 96, 16, bias=True),
+    Case(49, 130, 1000, 5, dropout_p=0.3),
+    Case(21, 1100, 66, 33, needs=()),
+    Case(16, 79, 4098, 1, bias=True, dropout_p=0.5),
+    Case(13, 200, 96, 33, layouts={"x": "strided", "lora_a": "transposed", "dy": "misaligned"}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_adapter(dtype, ours, case):
+    case = replace(case, dtype=dtype)
+    testing.check(case, *CHOICE)
+    tensors = testing.make_tensors(case)
+    y = testing.run(case, tensors, *CHOICE)["y"]
+    for threads in (2, 3, 16):
+        assert torch.equal(on_threads(threads, testing.run, case, tensors, *CHOICE)["y"], y)
+    assert ours and all(ours)
 
 
 def test_a_nan_stays_in_its_row(dtype):
@@ -84,7 +108,7 @@ def test_a_nan_stays_in_its_row(dtype):
     assert z[7].isnan().all() and torch.equal(z[others], y[others])
 
 
-def test_the_rest_is_pytorchs(dtype, torchs, monkeypatch):
+def test_the_rest_is_pytorchs(dtype, ours, monkeypatch):
     def transposed(batch):
         batch.weight = batch.weight.mT.contiguous().mT
 
@@ -97,11 +121,9 @@ def test_the_rest_is_pytorchs(dtype, torchs, monkeypatch):
         (few, None), (many, None), (Batch(m=8, widths=(63,), dtype=dtype), None), (Batch(m=8, k=95, dtype=dtype), None),
         (Batch(m=8, dtype=dtype), transposed), (Batch(m=8, dtype=dtype), odd_rows),
     ):  # fmt: skip
-        torchs.clear()
         if change:
             change(batch)
         assert_within_budget(batch, batch.run(CHOICE))
-        assert torchs, (batch.x.shape, batch.weight.stride())
-    torchs.clear()
+        assert not ours[-1], (batch.x.shape, batch.weight.stride())
     Batch(m=8, dtype=dtype).run(CHOICE)
-    assert not torchs
+    assert ours[-1]

@@ -18,9 +18,17 @@ constexpr int kTurned = 4;            // rows of y that are turned at once
 template <class T>
 constexpr bool kHasBase = kPerUnit<T> * sizeof(T) == sizeof(float);
 
+struct Base {
+  const void *x, *w, *bias;
+  void* y;
+  float* packed_x;
+  int64_t rows, k, columns, stride_x, stride_w, stride_y;
+  bool adds;  // to what y holds
+};
+
 // This thread's share of x as a right operand [k, rows].
 template <class T>
-inline void pack_x(const LoraBatch& p) {
+inline void pack_x(const Base& p) {
   const int64_t units = units_of<T>(p.k), stride = p.stride_x / kPerUnit<T>;
   const float* x = static_cast<const float*>(p.x);
   each_block({0, p.rows}, kPanel, [&](int64_t first, int64_t rows) {
@@ -39,24 +47,27 @@ inline void pack_x(const LoraBatch& p) {
   });
 }
 
-// y [rows, columns] = sums' [columns, rows], whose rows are `width` long, + bias; rounded once.
+// y [rows, columns] from sums' [columns, rows], whose rows are `width` long; rounded once.
 template <class T>
-inline void turn(const float* sums, int64_t width, int64_t rows, int64_t columns, const T* bias, T* y, int64_t stride) {
+inline void turn(const Base& p, const float* sums, int64_t width, int64_t rows, int64_t columns, const T* bias, T* y) {
   alignas(64) float turned[kTurned * kBaseColumns];
   each_block({0, rows}, kTurned, [&](int64_t row, int64_t count) {
     for (int64_t n = 0; n < columns; n += kTurned) {
       transpose_tile(sums + n * width + row, width, turned + n, kBaseColumns);
     }
     for (int64_t m = 0; m < count; ++m) {
-      if (bias) add_row(turned + m * kBaseColumns, bias, columns);
-      copy_row(y + (row + m) * stride, turned + m * kBaseColumns, columns);
+      float* sum = turned + m * kBaseColumns;
+      T* to = y + (row + m) * p.stride_y;
+      if (bias) add_row(sum, bias, columns);
+      if (p.adds) add_row(sum, to, columns);
+      copy_row(to, sum, columns);
     }
   });
 }
 
 // y's columns in a share.
 template <class T>
-inline void base_columns(const LoraBatch& p, Share columns) {
+inline void base_columns(const Base& p, Share columns) {
   alignas(64) float sums[(kBaseColumns + kTurned) * kPanel];
   const int64_t units = units_of<T>(p.k), stride = p.stride_w / kPerUnit<T>;
   const T* bias = static_cast<const T*>(p.bias);
@@ -71,7 +82,7 @@ inline void base_columns(const LoraBatch& p, Share columns) {
         product<T>(w + u, stride, whole, x + u * width, rows, depth, u == 0, sums, width);
       });
       T* y = static_cast<T*>(p.y) + row * p.stride_y + column;
-      turn(sums + (column - first) * width, width, rows, count, bias ? bias + column : nullptr, y, p.stride_y);
+      turn(p, sums + (column - first) * width, width, rows, count, bias ? bias + column : nullptr, y);
     });
   });
 }

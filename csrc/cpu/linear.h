@@ -3,9 +3,8 @@
 // Threads share out rows, then columns; each element is one sum in ascending order of its depth. So its bits depend
 // neither on their number nor on how the work is cut.
 #include <stdlib.h>
+#include "base.h"
 #include "dropout.h"
-#include "product.h"
-#include "share.h"
 
 namespace {
 
@@ -122,10 +121,15 @@ struct Scratch {
 template <class T>
 inline bool forward_of(const LoraLinear& p) {
   const Scratch a(block_floats<T>(p, p.k)), b(panel_floats<T>(p, p.n));
-  if (!a || !b) return false;
+  const Scratch x(p.w ? units_of<T>(p.k) * whole_vectors(p.m) : 0);
+  if (!a || !b || (p.w && !x)) return false;
+  const Base base = {p.x, p.w, nullptr, p.y, x, p.m, p.k, p.n, p.stride_x, p.stride_w, p.n, true};
 #pragma omp parallel num_threads(p.threads)
   {
     [[maybe_unused]] const Multiplying<T> multiplying;
+    if constexpr (kHasBase<T>) {
+      if (p.w) pack_x<T>(base);
+    }
     pack_blocks<T>(p, p.k, a, [&](int64_t at, int64_t count, float* to) {
       pack_right_of_transposed(static_cast<const T*>(p.a) + at, p.stride_a, count, p.r, to);
     });
@@ -134,6 +138,10 @@ inline bool forward_of(const LoraLinear& p) {
     });
 #pragma omp barrier
     each_block(share(p.m, kRoom), kRows, [&](int64_t row, int64_t rows) { forward_rows<T>(p, row, rows, a, b); });
+    if constexpr (kHasBase<T>) {
+#pragma omp barrier
+      if (p.w) base_columns<T>(base, share(p.n, kBaseColumns));
+    }
   }
   return true;
 }

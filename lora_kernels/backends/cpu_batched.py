@@ -7,7 +7,6 @@ import torch
 from lora_kernels.backends import cpu_library
 from lora_kernels.backends.cpu_library import DTYPES, Batch, Slice, batched
 from lora_kernels.backends.operands import row_major, with_clean_rows
-from lora_kernels.configs import cpu as configs
 
 STRATEGIES = ("chained",)
 reasons_unsupported = cpu_library.reasons_unsupported
@@ -17,11 +16,11 @@ strategy_reasons_unsupported = cpu_library.strategy_reasons_unsupported
 def forward(x, weight, bias, adapters, plan, strategy):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
     x = row_major(x)
-    if not _multiplies_base(x, weight):
+    if not cpu_library.multiplies_base(x, weight):
         y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
         add(x, y, adapters, plan)
         return y
-    x = x if _in_pairs(x) else x.clone(memory_format=torch.contiguous_format)
+    x = cpu_library.in_pairs(x)
     bias = None if bias is None else bias.contiguous()
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     _run(x, y, adapters, plan, weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr())
@@ -32,18 +31,6 @@ def add(x, y, adapters, plan):
     """`y [M,N]` plus each row's own adapters, in place."""
     if x.shape[0] > 0:
         _run(row_major(x), y, adapters, plan, None, 0, None)
-
-
-def _multiplies_base(x, weight) -> bool:
-    """Whether the base layer is one product with the adapters: for few rows, where that was measured to be faster."""
-    first, last = configs.BASE_ROWS.get((cpu_library.instruction_set(), str(x.dtype)), (1, 0))
-    n, k = weight.shape
-    return first <= x.shape[0] <= last and n >= 64 and k % 2 == 0 and weight.stride(1) == 1 and _in_pairs(weight)
-
-
-def _in_pairs(matrix) -> bool:
-    """Whether rows begin at whole pairs of elements."""
-    return matrix.stride(0) % 2 == 0 and matrix.data_ptr() % (2 * matrix.itemsize) == 0
 
 
 def _run(x, y, adapters, plan, w, stride_w, bias):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels.configs import cpu as configs
+
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
 ABI = 5
-
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -36,8 +37,9 @@ class Batch(ctypes.Structure):
 
 class Linear(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "a", "b", "bias", "h", "y", "dy", "dx", "da", "db")),
-        *((name, c_int64) for name in ("m", "n", "k", "r", "stride_x", "stride_a", "stride_b", "stride_dy", "seed")),
+        *((name, c_void_p) for name in ("x", "a", "b", "bias", "h", "w", "y", "dy", "dx", "da", "db")),
+        *((name, c_int64) for name in ("m", "n", "k", "r")),
+        *((name, c_int64) for name in ("stride_x", "stride_w", "stride_a", "stride_b", "stride_dy", "seed")),
         *(("keep_threshold", c_int32), ("keep_scale", c_float), ("scaling", c_float)),
         *((name, c_int32) for name in ("dtype", "gradient_dtype", "threads")),
     ]
@@ -110,6 +112,22 @@ def instruction_set() -> str:
         why = "which this machine lacks" if asked in sets else "which is not built"
         raise ValueError(f"LORA_KERNELS_CPU_ISA: got {asked!r}, {why}, expected one of {', '.join(usable)}")
     return asked
+
+
+def multiplies_base(x, weight) -> bool:
+    """Whether the base layer is one call with the adapters: for few rows, where that was measured to be faster."""
+    first, last = configs.BASE_ROWS.get((instruction_set(), str(x.dtype)), (1, 0))
+    n, k = weight.shape
+    return first <= x.shape[0] <= last and n >= 64 and k % 2 == 0 and weight.stride(1) == 1 and _is_in_pairs(weight)
+
+
+def in_pairs(x):
+    """x, or a copy, whose rows begin at whole pairs of elements."""
+    return x if _is_in_pairs(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_in_pairs(matrix):
+    return matrix.stride(0) % 2 == 0 and matrix.data_ptr() % (2 * matrix.itemsize) == 0
 
 
 @functools.cache
