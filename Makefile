@@ -24,7 +24,7 @@ compile: $(VENV)/dev  ## the static gate alone: cross-compile every kernel and r
 	$(BIN)/python -m lora_kernels compile
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
-CSRC_TESTS := tests/test_csrc.py tests/test_cpu_training.py tests/test_cpu_dequantize.py tests/test_batched.py tests/test_functional.py
+CSRC_TESTS := tests/test_csrc.py tests/test_cpu_base.py tests/test_cpu_training.py tests/test_cpu_dequantize.py tests/test_batched.py tests/test_functional.py
 
 sanitize: $(VENV)/dev  ## the compiled CPU kernels under the address and undefined-behaviour sanitizers
 	@set -e; python=$$(realpath -s $(BIN)/python); copy=$$(mktemp -d); trap 'rm -rf $$copy' EXIT; \

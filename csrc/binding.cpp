@@ -39,17 +39,21 @@ EXPORT const char* lora_isa_name(int32_t isa) { return isa < kCount ? kIsas[isa]
 
 EXPORT int32_t lora_isa_supported(int32_t isa) { return kIsas[isa].supported(); }
 
-// y += the adapters of `call`, which stays as it is: many threads may use it. False where there is no memory for h.
-EXPORT int32_t lora_batched(const LoraBatch* call, const void* x, int64_t stride_x, void* y, int32_t threads, int32_t isa) {
+// y of `call`, which stays as it is: many threads may use it. Without w y += the adapters. False where there is no memory.
+EXPORT int32_t lora_batched(const LoraBatch* call, const void* x, int64_t stride_x, void* y, const void* w, int64_t stride_w,
+                            const void* bias, int32_t threads, int32_t isa) {
   LoraBatch batch = *call;
   const LoraSlice& last = batch.slices[batch.num_slices - 1];
   const int64_t ranks = last.first_rank + last.max_rank;
-  batch.h = static_cast<float*>(malloc(ranks * batch.rows * batch.adapters_per_row * sizeof(float)));
-  if (!batch.h) return 0;
   batch.x = x, batch.stride_x = stride_x, batch.y = y, batch.threads = threads;
-  kIsas[isa].batched(batch);
+  batch.w = w, batch.stride_w = stride_w, batch.bias = bias;
+  batch.h = static_cast<float*>(malloc(ranks * batch.rows * batch.adapters_per_row * sizeof(float)));
+  batch.packed_x = w ? static_cast<float*>(aligned_alloc(64, (batch.rows + 15) / 16 * 64 * batch.k)) : nullptr;
+  const bool allocated = batch.h && (batch.packed_x || !w);
+  if (allocated) kIsas[isa].batched(batch);
   free(batch.h);
-  return 1;
+  free(batch.packed_x);
+  return allocated;
 }
 
 // y and h, or the gradients, of `linear`; false where there is no memory for packed operands.

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define LORA_ABI 4  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_ABI 5  // raise it with any change below, so that Python refuses a library built from other sources
 #define LORA_MAX_RANK 512
 
 enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
@@ -20,16 +20,21 @@ struct LoraSlice {
   int64_t max_rank, first_rank;  // the largest rank, and the sum of those of the slices before
 };
 
-// y += the adapters of each row; an entry e of slots [rows, adapters_per_row] belongs to row e / adapters_per_row.
+// y += the adapters of each row; an entry e of slots [rows, adapters_per_row] belongs to row e / adapters_per_row. With w
+// y is x W' + bias and the adapters: for fp32 and, where the instruction set has pairs, bf16; then k and strides of bf16 are
+// even, pointers are to whole pairs, and there are 64 columns or more.
 struct LoraBatch {
   const void* x;
+  const void* w;     // [columns, k], or null
+  const void* bias;  // [columns], or null
   void* y;
   const int32_t* slots;
   const int32_t* order;  // the entries by ascending slot
   const float* weights;  // as slots, or null
   const LoraSlice* slices;
-  float* h;  // [sum of max_rank, rows adapters_per_row]: scratch, which lora_batched sets, as x, stride_x, y and threads
-  int64_t rows, k, stride_x, stride_y, adapters_per_row, num_slots, num_slices;
+  float* h;         // [sum of max_rank, rows adapters_per_row]: scratch, which lora_batched sets
+  float* packed_x;  // [k, rows in whole vectors]: scratch too, with w
+  int64_t rows, k, columns, stride_x, stride_w, stride_y, adapters_per_row, num_slots, num_slices;
   int32_t dtype, threads;
 };
 
@@ -72,12 +77,13 @@ struct LoraLinear {
   const void* b;     // [n, r]
   const void* bias;  // [n], or null
   void* h;           // [m, r]: scaling drop(x) A'; written by forward, read by backward
-  void* y;           // [m, n]: forward writes bias + h B'
+  const void* w;     // [n, k] as in LoraBatch, or null
+  void* y;           // [m, n]: forward writes bias + h B', and with w adds x W'
   const void* dy;    // [m, n]
   void* dx;          // [m, k]: backward writes drop(g A), g = scaling dy B; null where it is not needed, as da and db
   void* da;          // [r, k]: g' drop(x)
   void* db;          // [n, r]: dy' h
-  int64_t m, n, k, r, stride_x, stride_a, stride_b, stride_dy;
+  int64_t m, n, k, r, stride_x, stride_w, stride_a, stride_b, stride_dy;
   int64_t seed;
   int32_t keep_threshold;  // of the 65,536 values of a lane, or -1 without dropout
   float keep_scale, scaling;

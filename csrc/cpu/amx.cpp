@@ -13,12 +13,12 @@ constexpr int kSide = 16;  // rows of a tile, and its units
 static_assert(kSide == kRoom && kSide == kLanes, "");
 
 // The tiles: sums; a step's left and right operand; those of the last step, which has fewer units.
-constexpr int kLeft = 3, kRight = 4, kLastLeft = 5, kLastRight = 6;
+constexpr int kLeft = 4, kRight = 5, kLastLeft = 6, kLastRight = 7;
 
 struct alignas(64) Shapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide};
 };
 
 // The units of the last tiles, as this thread's tiles are configured; 0: they are not. It takes longer than ten products.
@@ -85,14 +85,17 @@ inline void tiles(const float* left, int64_t left_stride, const float* right, in
     });
   };
   const auto step = [&](auto l, auto r, int64_t count) {
-    each<COLUMNS>([&](auto v) {
-      show(right + v.value * kLanes, width, count, kLanes);
-      load_tile<r.value>(right + v.value * kLanes, width);
-      each<ROWS>([&](auto m) {
-        const float* rows = left + m.value * kSide * left_stride;
-        show(rows, left_stride, kSide, count);
-        if (v.value == 0 || ROWS > 1) load_tile<l.value>(rows, left_stride);
-        multiply_tiles<m.value * COLUMNS + v.value, l.value, r.value>();
+    each<ROWS>([&](auto m) {
+      const float* rows = left + m.value * kSide * left_stride;
+      show(rows, left_stride, kSide, count);
+      load_tile<l.value>(rows, left_stride);
+      each<COLUMNS>([&](auto i) {  // there and back: the last tile of a row is the first of the next
+        constexpr int v = m.value % 2 ? COLUMNS - 1 - i.value : i.value;
+        if (m.value == 0 || i.value > 0) {
+          show(right + v * kLanes, width, count, kLanes);
+          load_tile<r.value>(right + v * kLanes, width);
+        }
+        multiply_tiles<m.value * COLUMNS + v, l.value, r.value>();
       });
     });
     left += count, right += count * width;
@@ -116,8 +119,9 @@ inline void product<bf16>(const float* left, int64_t left_stride, int64_t rows, 
   for (int64_t at = 0; at < columns; at += kPanel, right += units * kPanel, out += kPanel) {
     const int64_t vectors = ceiling(smaller(kPanel, columns - at), kLanes);
     for (int64_t m = 0; m < rows;) {
-      const bool two = vectors == 1 && rows - m > kSide;  // a lone sum waits for itself
-      const auto run = two ? tiles<2, 1> : vectors == 1 ? tiles<1, 1> : vectors == 2 ? tiles<1, 2> : tiles<1, 3>;
+      const bool two = vectors < 3 && rows - m > kSide;  // a lone sum waits for itself
+      const auto run = two ? (vectors == 1 ? tiles<2, 1> : tiles<2, 2>)
+                           : vectors == 1 ? tiles<1, 1> : vectors == 2 ? tiles<1, 2> : tiles<1, 3>;
       run(left + m * left_stride, left_stride, right, units, first, out + m * out_stride, out_stride);
       m += two ? 2 * kSide : kSide;
     }

@@ -1,10 +1,8 @@
-// y += the adapters of each row, from the vectors of one instruction set.
+// y += the adapters of each row, from the vectors of one instruction set; or y = x W' + bias and the adapters.
 //
 // Every element of h and every element of y is summed in one order, whatever the number of threads, of rows and of rows
 // with the same adapter: threads and tiles only share out elements.
-#include <omp.h>
-#include "isa.h"
-#include "transpose.h"
+#include "base.h"
 
 namespace {
 
@@ -217,16 +215,20 @@ inline bool has_adapters(const LoraBatch& p, const LoraSlice& s, int64_t row) {
 
 // This thread's share of y's columns.
 template <class T>
-inline void expand(const LoraBatch& p, int64_t thread, int64_t threads) {
+inline void expand(const LoraBatch& p, const Base& base, int64_t thread, int64_t threads) {
   int64_t shares = 0, seen = 0;
   for (int64_t i = 0; i < p.num_slices; ++i) shares += ceiling(p.slices[i].width, kShare);
   const int64_t begin = shares * thread / threads, end = shares * (thread + 1) / threads;
-  T* y = static_cast<T*>(p.y);
-  for (int64_t i = 0; i < p.num_slices; y += p.slices[i++].width) {
+  int64_t before = 0;
+  for (int64_t i = 0; i < p.num_slices; before += p.slices[i++].width) {
     const LoraSlice& s = p.slices[i];
+    T* y = static_cast<T*>(p.y) + before;
     const int64_t last = smaller(s.width, (end - seen) * kShare);
     for (int64_t chunk = larger(0, begin - seen) * kShare; chunk < last; chunk += kChunk) {
       const int64_t chunk_end = smaller(last, chunk + kChunk);
+      if constexpr (kHasBase<T>) {
+        if (p.w) base_columns<T>(base, {before + chunk, before + chunk_end});
+      }
       int64_t rows[kRun];
       for (int64_t first = 0, count; first < p.rows; first += count) {
         count = run_of_rows(p, first, rows);
@@ -242,12 +244,17 @@ inline void expand(const LoraBatch& p, int64_t thread, int64_t threads) {
 
 template <class T>
 inline void batched_of(const LoraBatch& p) {
+  const Base base = {p.x, p.w, p.bias, p.y, p.packed_x, p.rows, p.k, p.columns, p.stride_x, p.stride_w, p.stride_y, false};
 #pragma omp parallel num_threads(p.threads)
   {
+    [[maybe_unused]] const Multiplying<T> multiplying;
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    if constexpr (kHasBase<T>) {
+      if (p.w) pack_x<T>(base);
+    }
     shrink<T>(p, thread, threads);
 #pragma omp barrier
-    expand<T>(p, thread, threads);
+    expand<T>(p, base, thread, threads);
   }
 }
 

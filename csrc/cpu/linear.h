@@ -3,8 +3,8 @@
 // Threads share out rows, then columns; each element is one sum in ascending order of its depth. So its bits depend
 // neither on their number nor on how the work is cut.
 #include <stdlib.h>
+#include "base.h"
 #include "dropout.h"
-#include "product.h"
 
 namespace {
 
@@ -19,32 +19,11 @@ constexpr int64_t kElements = kDepth * kPerUnit<T>;
 static_assert(kDepth % (8 * kCounters) == 0 && kSweep % (8 * kCounters) == 0 && kPanel % 8 == 0,
               "the mask is drawn in whole vectors, from any panel");
 
-struct Share { int64_t begin, end; };
-
-// The part of `count` for this thread, in multiples of `of`.
-inline Share share(int64_t count, int64_t of) {
-  const int64_t parts = ceiling(count, of), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  return {parts * thread / threads * of, smaller(count, parts * (thread + 1) / threads * of)};
-}
-
-// Calls visit(first, count) for blocks of `step` in a share.
-template <class Visit>
-inline void each_block(Share share, int64_t step, Visit visit) {
-  for (int64_t i = share.begin; i < share.end; i += step) visit(i, smaller(step, share.end - i));
-}
-
 inline bool drops(const LoraLinear& p) { return p.keep_threshold >= 0; }
 
 inline void scale(float* values, float by, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) values[i] *= by;
-}
-
-template <class T>
-inline void add_row(float* to, const T* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
-  if (i < count) store_part(to + i, add(load_part(to + i, count - i), load_part(from + i, count - i)), count - i);
 }
 
 // Asks for the first `bytes` of a row that is to be read soon; the hardware foresees none that lies in another page.
@@ -142,10 +121,15 @@ struct Scratch {
 template <class T>
 inline bool forward_of(const LoraLinear& p) {
   const Scratch a(block_floats<T>(p, p.k)), b(panel_floats<T>(p, p.n));
-  if (!a || !b) return false;
+  const Scratch x(p.w ? units_of<T>(p.k) * whole_vectors(p.m) : 0);
+  if (!a || !b || (p.w && !x)) return false;
+  const Base base = {p.x, p.w, nullptr, p.y, x, p.m, p.k, p.n, p.stride_x, p.stride_w, p.n, true};
 #pragma omp parallel num_threads(p.threads)
   {
     [[maybe_unused]] const Multiplying<T> multiplying;
+    if constexpr (kHasBase<T>) {
+      if (p.w) pack_x<T>(base);
+    }
     pack_blocks<T>(p, p.k, a, [&](int64_t at, int64_t count, float* to) {
       pack_right_of_transposed(static_cast<const T*>(p.a) + at, p.stride_a, count, p.r, to);
     });
@@ -154,6 +138,10 @@ inline bool forward_of(const LoraLinear& p) {
     });
 #pragma omp barrier
     each_block(share(p.m, kRoom), kRows, [&](int64_t row, int64_t rows) { forward_rows<T>(p, row, rows, a, b); });
+    if constexpr (kHasBase<T>) {
+#pragma omp barrier
+      if (p.w) base_columns<T>(base, share(p.n, kBaseColumns));
+    }
   }
   return true;
 }

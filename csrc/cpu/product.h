@@ -36,6 +36,13 @@ inline void copy_row(To* to, const From* from, int64_t count) {
   if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
 }
 
+template <class T>
+inline void add_row(float* to, const T* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
+  if (i < count) store_part(to + i, add(load_part(to + i, count - i), load_part(from + i, count - i)), count - i);
+}
+
 // left [rows, depth] as it lies.
 template <class T>
 inline void pack_left(const T* from, int64_t stride, int64_t rows, int64_t depth, float* to, int64_t to_stride) {

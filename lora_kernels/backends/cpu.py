@@ -1,6 +1,7 @@
 """The CPU's compiled kernels and PyTorch's base layer: one adapter, forward and backward. csrc/cpu/linear.h.
 
-The strategy is `chained`: the adapter's term is written first and the base GEMM accumulates onto it (beta = 1).
+The strategy is `chained`: the adapter's term is written first and the base GEMM accumulates onto it (beta = 1). That is
+PyTorch's, or for few rows ours, in the same call.
 """
 
 import torch
@@ -36,9 +37,11 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
     x, a, b = row_major(x), _operand(lora_a, x), _operand(lora_b, x)
     bias = None if bias is None else bias.contiguous()
     run, _, isa = linear()
-    call = _call(x, a, b, h, scaling, dropout_p, seed, bias, y)
+    if multiplies_base := cpu_library.multiplies_base(x, weight):
+        x = cpu_library.in_pairs(x)
+    call = _call(x, a, b, h, scaling, dropout_p, seed, bias, y, weight if multiplies_base else None)
     _check(run(call, isa), call)
-    return y.addmm_(with_clean_rows(x), weight.mT), h
+    return y if multiplies_base else y.addmm_(with_clean_rows(x), weight.mT), h
 
 
 def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, strategy):
@@ -53,7 +56,7 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
         dy, a, b = row_major(dy), _operand(lora_a, dy), _operand(lora_b, dy)
         x, h = row_major(x) if needs_a else dy, h.contiguous() if needs_b else None
         _, run, isa = linear()
-        call = _call(x, a, b, h, scaling, dropout_p, seed, None, None, dy, dx, da, db, lora_a.dtype)
+        call = _call(x, a, b, h, scaling, dropout_p, seed, None, None, None, dy, dx, da, db, lora_a.dtype)
         _check(run(call, isa), call)
         if needs_x:
             dx.addmm_(with_clean_rows(dy), weight)
@@ -68,13 +71,15 @@ def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call(x, a, b, h, scaling, dropout_p, seed, bias=None, y=None, dy=None, dx=None, da=None, db=None, gradients=None):
-    drop, stride_dy = dropout_p > 0.0, 0 if dy is None else dy.stride(0)
+def _call(x, a, b, h, scaling, dropout_p, seed, bias=None, y=None, w=None, dy=None, dx=None, da=None, db=None, to=None):
+    """`to`: the dtype of da and db."""
+    drop, stride_w, stride_dy = dropout_p > 0.0, 0 if w is None else w.stride(0), 0 if dy is None else dy.stride(0)
     return Linear(  # by position: names take twice as long
-        x.data_ptr(), a.data_ptr(), b.data_ptr(), _pointer(bias), _pointer(h), _pointer(y), _pointer(dy), _pointer(dx),
-        _pointer(da), _pointer(db), x.shape[0], b.shape[0], *a.shape[::-1], x.stride(0), a.stride(0), b.stride(0), stride_dy,
+        x.data_ptr(), a.data_ptr(), b.data_ptr(), _pointer(bias), _pointer(h), _pointer(w), _pointer(y), _pointer(dy),
+        _pointer(dx), _pointer(da), _pointer(db), x.shape[0], b.shape[0], *a.shape[::-1],
+        x.stride(0), stride_w, a.stride(0), b.stride(0), stride_dy,
         int(seed) if drop else 0, keep_threshold(dropout_p) if drop else -1, 1.0 / (1.0 - dropout_p) if drop else 1.0,
-        float(scaling), DTYPES[x.dtype], 0 if gradients is None else DTYPES[gradients], torch.get_num_threads(),
+        float(scaling), DTYPES[x.dtype], 0 if to is None else DTYPES[to], torch.get_num_threads(),
     )  # fmt: skip
 
 

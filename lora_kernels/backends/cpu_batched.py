@@ -1,4 +1,4 @@
-"""The CPU's compiled kernels under PyTorch's base layer: every row its own adapters, in place. csrc/cpu/batched.h."""
+"""The CPU's compiled kernels: every row its own adapters, with the base layer or added to PyTorch's. csrc/cpu/batched.h."""
 
 import ctypes
 
@@ -16,23 +16,31 @@ strategy_reasons_unsupported = cpu_library.strategy_reasons_unsupported
 def forward(x, weight, bias, adapters, plan, strategy):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
     x = row_major(x)
-    y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
-    add(x, y, adapters, plan)
+    if not cpu_library.multiplies_base(x, weight):
+        y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
+        add(x, y, adapters, plan)
+        return y
+    x = cpu_library.in_pairs(x)
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    _run(x, y, adapters, plan, weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr())
     return y
 
 
 def add(x, y, adapters, plan):
     """`y [M,N]` plus each row's own adapters, in place."""
-    x = row_major(x)
-    if x.shape[0] == 0:
-        return
+    if x.shape[0] > 0:
+        _run(row_major(x), y, adapters, plan, None, 0, None)
+
+
+def _run(x, y, adapters, plan, w, stride_w, bias):
     memory = adapters[0].memory  # the next step of these adapters has the same plan, as a rule
     known, planned, stride, call, _ = memory.get("cpu", (None,) * 5)
     if known != adapters or planned is not plan or stride != y.stride(0):
         call, slices = _call(x, y, adapters, plan)
         memory["cpu"] = adapters, plan, y.stride(0), call, slices
     run, isa = batched()
-    if not run(call, x.data_ptr(), x.stride(0), y.data_ptr(), torch.get_num_threads(), isa):
+    if not run(call, x.data_ptr(), x.stride(0), y.data_ptr(), w, stride_w, bias, torch.get_num_threads(), isa):
         ranks = sum(s.max_rank for s in adapters)
         raise MemoryError(f"lora_linear_batched: no memory for {plan.slots.numel()} x {ranks} elements of h")
 
@@ -50,7 +58,7 @@ def _call(x, y, adapters, plan):
     batch = Batch(
         slots=plan.slots.data_ptr(), order=plan.order.data_ptr(), slices=ctypes.addressof(slices),
         weights=None if plan.weights is None else plan.weights.data_ptr(), rows=x.shape[0], k=x.shape[1],
-        stride_y=y.stride(0), adapters_per_row=plan.adapters_per_row,
+        columns=y.shape[1], stride_y=y.stride(0), adapters_per_row=plan.adapters_per_row,
         num_slots=adapters[0].ranks.shape[0], num_slices=len(fields), dtype=DTYPES[x.dtype],
     )  # fmt: skip
     return ctypes.byref(batch), slices

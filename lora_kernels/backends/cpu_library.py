@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 4
+from lora_kernels.configs import cpu as configs
 
+PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
+ABI = 5
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -27,16 +28,18 @@ class Slice(ctypes.Structure):
 
 class Batch(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "y", "slots", "order", "weights", "slices", "h")),
-        *((name, c_int64) for name in ("rows", "k", "stride_x", "stride_y", "adapters_per_row", "num_slots")),
-        *(("num_slices", c_int64), ("dtype", c_int32), ("threads", c_int32)),
+        *((name, c_void_p) for name in ("x", "w", "bias", "y", "slots", "order", "weights", "slices", "h", "packed_x")),
+        *((name, c_int64) for name in ("rows", "k", "columns", "stride_x", "stride_w", "stride_y")),
+        *((name, c_int64) for name in ("adapters_per_row", "num_slots", "num_slices")),
+        *((name, c_int32) for name in ("dtype", "threads")),
     ]
 
 
 class Linear(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "a", "b", "bias", "h", "y", "dy", "dx", "da", "db")),
-        *((name, c_int64) for name in ("m", "n", "k", "r", "stride_x", "stride_a", "stride_b", "stride_dy", "seed")),
+        *((name, c_void_p) for name in ("x", "a", "b", "bias", "h", "w", "y", "dy", "dx", "da", "db")),
+        *((name, c_int64) for name in ("m", "n", "k", "r")),
+        *((name, c_int64) for name in ("stride_x", "stride_w", "stride_a", "stride_b", "stride_dy", "seed")),
         *(("keep_threshold", c_int32), ("keep_scale", c_float), ("scaling", c_float)),
         *((name, c_int32) for name in ("dtype", "gradient_dtype", "threads")),
     ]
@@ -78,7 +81,9 @@ def library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its library does not load: {error}"
     found.lora_isa_name.restype = ctypes.c_char_p
-    found.lora_batched.argtypes = (ctypes.POINTER(Batch), c_void_p, c_int64, c_void_p, c_int32, c_int32)
+    found.lora_batched.argtypes = (
+        ctypes.POINTER(Batch), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32,
+    )  # fmt: skip
     if found.lora_abi() != ABI:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
@@ -109,9 +114,28 @@ def instruction_set() -> str:
     return asked
 
 
+def multiplies_base(x, weight) -> bool:
+    """Whether the base layer is one call with the adapters: for few rows, where that was measured to be faster."""
+    first, last = configs.BASE_ROWS.get((instruction_set(), str(x.dtype)), (1, 0))
+    n, k = weight.shape
+    return first <= x.shape[0] <= last and n >= 64 and k % 2 == 0 and weight.stride(1) == 1 and _is_in_pairs(weight)
+
+
+def in_pairs(x):
+    """x, or a copy, whose rows begin at whole pairs of elements."""
+    return x if _is_in_pairs(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_in_pairs(matrix):
+    return matrix.stride(0) % 2 == 0 and matrix.data_ptr() % (2 * matrix.itemsize) == 0
+
+
 @functools.cache
 def batched():
-    """`run(batch, x, stride_x, y, threads, index)`: the batched kernel, and the index of the instruction set in use."""
+    """The batched kernel, and the index of the instruction set in use.
+
+    `run(batch, x, stride_x, y, w, stride_w, bias, threads, index)`
+    """
     return library().lora_batched, _index()
 
 

@@ -1,0 +1,129 @@
+"""The base layer of a batch of few rows by the compiled CPU kernels: csrc/cpu/base.h."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from batches import Batch, assert_within_budget
+from compiled import SETS, needs_library, on_threads
+
+from lora_kernels import testing
+from lora_kernels.backends import cpu_library
+from lora_kernels.configs import cpu as configs_cpu
+from lora_kernels.testing import Case
+
+pytestmark = needs_library
+CHOICE = ("cpu", "chained")
+PAIRS = ("amx", "avx512_bf16")  # the sets that multiply pairs of bf16
+SHAPES = [
+    dict(m=1, widths=(64,), k=2),
+    dict(m=17, widths=(72, 40, 33), k=96),  # tiles that end in the next slice, and at the end of W
+    dict(m=5, widths=(65,), k=94, bias=False),
+    dict(m=49, widths=(130,), k=1000),  # past a panel by one
+    dict(m=100, widths=(64, 1, 2), k=30),
+    dict(m=33, widths=(1100,), k=34, slots=2, rank=4),
+    dict(m=16, widths=(79,), k=4098, slots=2, rank=4),  # past several pieces of the depth
+]
+
+
+@pytest.fixture(
+    params=[(isa, torch.float32) for isa in SETS] + [(isa, torch.bfloat16) for isa in SETS if isa in PAIRS], ids=str
+)
+def dtype(request, ask_for, monkeypatch):
+    """Each instruction set and dtype, with any number of rows."""
+    isa, dtype = request.param
+    ask_for(isa)
+    monkeypatch.setitem(configs_cpu.BASE_ROWS, (isa, str(dtype)), (1, 10**6))
+    return dtype
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """Of each call whether the kernels multiplied the base layer."""
+    seen, decide = [], cpu_library.multiplies_base
+    monkeypatch.setattr(cpu_library, "multiplies_base", lambda *operands: seen.append(decide(*operands)) or seen[-1])
+    return seen
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['m']}-{shape['widths']}-{shape['k']}")
+def test_rows_are_right_whatever_their_company_and_the_threads(dtype, ours, shape):
+    batch = Batch(**shape, dtype=dtype)
+    y = batch.run(CHOICE)
+    assert_within_budget(batch, y)
+    for threads in (2, 3, 16):
+        assert torch.equal(on_threads(threads, batch.run, CHOICE), y)
+    for rows in (slice(0, 1), slice(-2, None), slice(len(y) // 2, None)):
+        assert torch.equal(batch.run(CHOICE, rows=rows), y[rows])
+    assert all(ours)
+
+
+def apart(matrix, stride):
+    """The same values, in rows `stride` elements apart, with NaN between them."""
+    wide = torch.full((len(matrix), stride), math.nan, dtype=matrix.dtype)
+    wide[:, : matrix.shape[1]] = matrix
+    return wide[:, : matrix.shape[1]]
+
+
+def test_operands_as_they_lie(dtype, ours):
+    batch = Batch(m=19, k=66, widths=(80,), dtype=dtype)
+    y = batch.run(CHOICE)
+    for change in (
+        {"x": apart(batch.x, 67)},  # no row but the first begins at a whole pair
+        {"x": apart(batch.x, 70), "weight": apart(batch.weight, 68)},
+        {"x": batch.x.mT.contiguous().mT},
+        {"bias": apart(batch.bias[:, None], 3)[:, 0]},
+    ):
+        assert torch.equal(batch.run(CHOICE, **change), y)
+    assert all(ours)
+
+
+CASES = [
+    Case(1, 64, 64, 4),
+    Case(17, 145, 96, 16, bias=True),
+    Case(49, 130, 1000, 5, dropout_p=0.3),
+    Case(21, 1100, 66, 33, needs=()),
+    Case(16, 79, 4098, 1, bias=True, dropout_p=0.5),
+    Case(13, 200, 96, 33, layouts={"x": "strided", "lora_a": "transposed", "dy": "misaligned"}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_adapter(dtype, ours, case):
+    case = replace(case, dtype=dtype)
+    testing.check(case, *CHOICE)
+    tensors = testing.make_tensors(case)
+    y = testing.run(case, tensors, *CHOICE)["y"]
+    for threads in (2, 3, 16):
+        assert torch.equal(on_threads(threads, testing.run, case, tensors, *CHOICE)["y"], y)
+    assert ours and all(ours)
+
+
+def test_a_nan_stays_in_its_row(dtype):
+    batch = Batch(m=20, k=66, widths=(80,), dtype=dtype)
+    y = batch.run(CHOICE)
+    batch.x[7] = math.nan
+    others = torch.arange(20) != 7
+    z = batch.run(CHOICE)
+    assert z[7].isnan().all() and torch.equal(z[others], y[others])
+
+
+def test_the_rest_is_pytorchs(dtype, ours, monkeypatch):
+    def transposed(batch):
+        batch.weight = batch.weight.mT.contiguous().mT
+
+    def odd_rows(batch):
+        batch.weight = apart(batch.weight, batch.weight.shape[1] + 1)
+
+    few, many = Batch(m=4, dtype=dtype), Batch(m=11, dtype=dtype)
+    monkeypatch.setattr(configs_cpu, "BASE_ROWS", {key: (5, 10) for key in configs_cpu.BASE_ROWS})
+    for batch, change in (
+        (few, None), (many, None), (Batch(m=8, widths=(63,), dtype=dtype), None), (Batch(m=8, k=95, dtype=dtype), None),
+        (Batch(m=8, dtype=dtype), transposed), (Batch(m=8, dtype=dtype), odd_rows),
+    ):  # fmt: skip
+        if change:
+            change(batch)
+        assert_within_budget(batch, batch.run(CHOICE))
+        assert not ours[-1], (batch.x.shape, batch.weight.stride())
+    Batch(m=8, dtype=dtype).run(CHOICE)
+    assert ours[-1]
