@@ -88,7 +88,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.m}-{case.n}-{case.k}-{case.r}")
 def test_one_adapter(dtype, ours, case):
     case = replace(case, dtype=dtype)
     testing.check(case, *CHOICE)
