@@ -55,7 +55,7 @@ class Judge:
         differentiable = (
             torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and "adapter_names" not in kwargs
         )
-        exact, own = _in_fp64(layer), copy.deepcopy(layer)  # a copy: bitsandbytes repacks a weight that it evaluates
+        exact, own = _in_fp64(layer), _copy(layer)  # a copy: bitsandbytes repacks a weight that it evaluates
         own.__class__ = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("peft."))
         with _recorded_seeds() as seeds:
             ours = _results(lambda x: fused(layer, x, **kwargs), layer, x, differentiable)
@@ -82,9 +82,17 @@ class Judge:
         raise AssertionError(f"fused call {self.calls}: {message}")
 
 
+def _copy(layer):
+    """A deep copy, of the views too that FSDP1 has for parameters while it runs."""
+    views = {
+        id(t): torch.nn.Parameter(t.detach().clone(), t.requires_grad) for t in layer.parameters() if not t.is_leaf
+    }
+    return copy.deepcopy(layer, views)
+
+
 def _in_fp64(layer):
     """PEFT's plain layer over the very values of the base."""
-    exact, base = copy.deepcopy(layer), layer.base_layer
+    exact, base = _copy(layer), layer.base_layer
     if (weight := formats.from_linear(base)) is not None:
         exact.base_layer = torch.nn.Linear(*weight.shape[::-1], base.bias is not None, device=weight.device)
         exact.base_layer.weight.data = weight.dequantize(torch.float64)
