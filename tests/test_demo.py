@@ -83,7 +83,7 @@ def test_qlora_end_to_end(tmp_path, capsys):
     summary = (tmp_path / "summary.md").read_text()
     for text in (
         "nf4 is dequantised",
-        "held out, before",
+        "held-out loss, before",
         "ours, nf4",
         "PEFT's adapter_names, nf4",
         "Every check holds.",
