@@ -32,7 +32,7 @@ from lora_kernels.gate_cases import Case, cases_of, zeros
 
 RECORD = Path(__file__).resolve().parent.parent / "tests" / "resources" / "static_gate.json"
 WORKERS = 2
-SAMPLE = 20
+SAMPLE = 40
 MEANT = ("a load of", "waits for all wgmma")  # over quantised weights: narrow scales, and operands out of registers
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
