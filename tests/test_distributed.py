@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("peft")
 
 import sharded
+import tp_plan
 from features import EXACT, FUSED, feature
 from ranks import Ranks
 
@@ -114,6 +115,20 @@ def test_compiled(ranks):
 @feature("tensor parallelism with dropout in training", EXACT)
 def test_tensor_parallel_dropout(ranks):
     ranks(sharded.tensor_parallel_dropout)
+
+
+@feature('transformers\' `tp_plan="auto"` under PEFT', f"{FUSED} (one operator a rank)")
+def test_tp_plan(ranks, tmp_path):
+    ranks(tp_plan.train, tmp_path)
+
+
+@feature(
+    'transformers\' `tp_plan="auto"` under PEFT: layers sharded by column, with dropout in training or `lora_bias`',
+    EXACT,
+)
+def test_tp_plan_exact(ranks, tmp_path):
+    ranks(tp_plan.train, tmp_path, exactly=True, lora_dropout=0.5)
+    ranks(tp_plan.train, tmp_path, exactly=True, lora_bias=True)
 
 
 @feature("`LoRALinear`: DDP, FSDP2 (blocks, `lora_A` and `lora_B`), tensor parallelism", FUSED)

@@ -56,7 +56,10 @@ class Fused:
             return self._mixed(x, adapter_names)
         if not self.active_names():
             return self._modules["base_layer"](x)
-        return sharding.inside(self.parts(self.active_names()), x, self._active)
+        base, *adapters = self.parts(self.active_names())
+        if sharding.styled(base):
+            return sharding.in_style(base, self._active, x)
+        return sharding.inside((base, *adapters), x, self._active)
 
     def _active(self, x):
         weight, lora_a, lora_b, scaling, bias, dropout_p = self._operands(x)
@@ -67,7 +70,7 @@ class Fused:
 
     def operands(self, x):
         """`(weight [N,K], lora_a [R,K], lora_b [N,R], scaling, bias, dropout_p)` of the active adapters, for x."""
-        if sharding.is_dtensor(x) or any(map(sharding.gathered, self.parts(self.active_names()))):
+        if sharding.is_dtensor(x) or any(map(_is_sharded, self.parts(self.active_names()))):
             raise NotFused("the weights are sharded")
         return self._operands(x)
 
@@ -75,6 +78,10 @@ class Fused:
         weight, bias = self.weight_and_bias()
         names = self.active_names()
         lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
+        if sharding.styled(self._modules["base_layer"]):
+            if dropout_p > 0.0 or any(self.bias_of_b(name) is not None for name in names):
+                raise NotFused("dropout or lora_bias with the tensor parallelism of transformers")
+            lora_a, lora_b = sharding.placed_beside(x, lora_a), sharding.placed_beside(x, lora_b)
         check_call(self, x, weight, lora_a)
         for name in names:
             lora_bias = self.bias_of_b(name)
@@ -90,7 +97,7 @@ class Fused:
         slots, plan = _batch(tuple(names), x.shape[1:-1].numel(), x.device)
         present = self._modules["lora_A"]._modules
         parts = self.parts(name for name in slots if name in present)
-        if sharding.is_dtensor(x) or any(map(sharding.gathered, parts)):
+        if sharding.is_dtensor(x) or any(map(_is_sharded, parts)):
             raise NotFused("a mixed batch with sharded weights")
         adapters = {name: self.adapter(name) for name in slots if name in present}
         if not adapters:
@@ -116,6 +123,9 @@ class Fused:
         parts += [(part, self._modules[part]._modules[name]) for name in names for part in ("lora_A", "lora_B")]
         for what, module in parts:
             _check_itself(what, module)
+        base = self._modules["base_layer"]
+        if sharding.styled(base) and getattr(base, "_hf_tp_plan", None) not in ("colwise", "rowwise"):
+            raise NotFused("the base layer's tp_plan is one for which PEFT has none")
         return [module for _, module in parts]
 
     def weight_and_bias(self):
@@ -252,6 +262,10 @@ def _check_itself(what, module):
     """`check_hooks`, but for those of an engine."""
     if not sharding.is_itself(module):
         raise NotFused(f"{what} has a hook, or a forward of its own")
+
+
+def _is_sharded(module):
+    return sharding.gathered(module) or sharding.styled(module)
 
 
 def _parameter(what, module, name):
