@@ -1,6 +1,10 @@
 """Models on two ranks (gloo, on the CPU): a test is a row of docs/distributed.md; PEFT alone on the whole batch judges it."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +99,22 @@ def test_fsdp2_sharded_first(ranks):
 def test_fsdp1(ranks):
     ranks(sharded.fsdp1, use_orig_params=False)
     ranks(sharded.fsdp1, use_orig_params=True, checkpointing=True)
+
+
+@feature("FSDP2 by accelerate: `accelerate launch --config_file examples/fsdp2_accelerate.yaml`", FUSED)
+@pytest.mark.integration  # 20 s, most of them imports
+def test_accelerate():
+    pytest.importorskip("accelerate")
+    here = Path(__file__).resolve().parent
+    command = "-m accelerate.commands.launch --config_file examples/fsdp2_accelerate.yaml tests/accelerated.py".split()
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "LORA_KERNELS_BACKEND": "eager"}
+    if not torch.accelerator.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(
+        [sys.executable, *command], cwd=here.parent, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "as PEFT alone" in done.stdout
 
 
 @feature("tensor parallelism: `ColwiseLoRA`, `RowwiseLoRA`", f"{FUSED} (one operator a rank)")
