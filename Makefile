@@ -60,7 +60,7 @@ peft-judge: $(VENV)/judge  ## PEFT's own LoRA tests with and without us, every f
 	PYTHONPATH=. $(BIN)/python tests/peft_judge $(VENV)/peft-*.tar.gz --work out/peft-judge
 
 integrations: $(VENV)/integrations $(VENV)/demo  ## the stacks that make test goes without: trainers, engines, sharding, other LoRA layers
-	$(BIN)/python -m pytest -m integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration
 
 bench: $(VENV)/dev  ## every suite against every rival that is installed; writes benchmarks/results/, plots to out/bench/
 	$(BIN)/python -m lora_kernels bench

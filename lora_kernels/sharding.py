@@ -1,8 +1,9 @@
 """Parameters that lie on several devices: what the operators do with DTensors, and weights that an engine gathers.
 
 A layer's weights are sharded in one of two ways. As DTensors they stay apart, and each device computes its part of the
-products: tensor parallelism, for which the operators have the rules below. Or an engine (FSDP, ZeRO-3) gathers them while
-the module that holds them runs; then the one operation runs inside the calls of these modules (`inside`).
+products: tensor parallelism, for which the operators have rules (dtensor.py). Or an engine (FSDP, ZeRO-3) gathers them while
+the module that holds them runs; then the one operation runs inside the calls of these modules (`inside`). transformers'
+tensor parallelism gives its layers a forward that makes DTensors of what is local; the operation runs inside that (`in_style`).
 """
 
 import functools
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 ENGINES = (
     "torch.distributed.fsdp", "torch.distributed._composable", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx",
 )  # fmt: skip
+
+STYLES = "transformers.distributed.tensor_parallel"  # of the forward that it gives to a layer
 
 
 def is_dtensor(tensor) -> bool:
@@ -49,7 +52,34 @@ def gathered(module: nn.Module) -> bool:
 def is_itself(module: nn.Module) -> bool:
     """Whether calling `module` does what its class does: nobody replaces its forward, or hooks into it but an engine."""
     inner = unwrapped(module)
-    return "forward" not in inner.__dict__ and all(map(_is_engines, (*hooks(module), *hooks(inner))))
+    own_forward = "forward" in inner.__dict__ and (gathered(module) or not styled(module))
+    return not own_forward and all(map(_is_engines, (*hooks(module), *hooks(inner))))
+
+
+def styled(module: nn.Module) -> bool:
+    """Whether transformers' tensor parallelism gave `module` a forward of its own, around that of its class."""
+    return getattr(module.__dict__.get("forward"), "__module__", None) == STYLES
+
+
+def in_style(layer: nn.Linear, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`compute(x)` instead of what the class of a `styled` layer does: x is placed before it, and y after it.
+
+    In training x and the layer's weights are DTensors meanwhile; else they are plain, each device's part of them.
+    """
+    style, mesh = sys.modules[STYLES].ALL_PARALLEL_STYLES[layer._hf_tp_plan], layer._hf_device_mesh
+    inputs, _ = style.transform_inputs_pre_forward(layer, (x,), {}, mesh)
+    with style.context_around_forward(layer, mesh):
+        y = compute(*inputs)
+    return style.transform_output_post_forward(layer, y, mesh)
+
+
+def placed_beside(x: Tensor, parameter: Tensor) -> Tensor:
+    """A parameter of a `styled` layer as x is: plain, or a DTensor (which it is already unless every device has all of it)."""
+    if is_dtensor(x) is is_dtensor(parameter):
+        return parameter
+    if is_dtensor(parameter):
+        return parameter.to_local()
+    return type(x).from_local(parameter, x.device_mesh, run_check=False)
 
 
 def hooks(module: nn.Module):

@@ -78,7 +78,7 @@ def _serve(rank, meeting, pipe):
     while True:
         function, args, kwargs = pipe.recv()
         try:
-            with _watched() as (calls, reasons):
+            with watched() as (calls, reasons):
                 torch.manual_seed(0)
                 function(rank, *args, **kwargs)
             pipe.send((None, Ran(calls["forward"], reasons)))
@@ -87,7 +87,7 @@ def _serve(rank, meeting, pipe):
 
 
 @contextlib.contextmanager
-def _watched():
+def watched():
     from unittest import mock
 
     from lora_kernels import dispatch, integrations

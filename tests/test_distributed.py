@@ -1,6 +1,10 @@
 """Models on two ranks (gloo, on the CPU): a test is a row of docs/distributed.md; PEFT alone on the whole batch judges it."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 pytest.importorskip("peft")
 
 import sharded
+import tp_plan
 from features import EXACT, FUSED, feature
 from ranks import Ranks
 
@@ -96,6 +101,22 @@ def test_fsdp1(ranks):
     ranks(sharded.fsdp1, use_orig_params=True, checkpointing=True)
 
 
+@feature("FSDP2 by accelerate: `accelerate launch --config_file examples/fsdp2_accelerate.yaml`", FUSED)
+@pytest.mark.integration  # 20 s, most of them imports
+def test_accelerate():
+    pytest.importorskip("accelerate")
+    here = Path(__file__).resolve().parent
+    command = "-m accelerate.commands.launch --config_file examples/fsdp2_accelerate.yaml tests/accelerated.py".split()
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "LORA_KERNELS_BACKEND": "eager"}
+    if not torch.accelerator.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(
+        [sys.executable, *command], cwd=here.parent, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "as PEFT alone" in done.stdout
+
+
 @feature("tensor parallelism: `ColwiseLoRA`, `RowwiseLoRA`", f"{FUSED} (one operator a rank)")
 def test_tensor_parallel(ranks):
     ranks(sharded.tensor_parallel)
@@ -114,6 +135,20 @@ def test_compiled(ranks):
 @feature("tensor parallelism with dropout in training", EXACT)
 def test_tensor_parallel_dropout(ranks):
     ranks(sharded.tensor_parallel_dropout)
+
+
+@feature('transformers\' `tp_plan="auto"` under PEFT', f"{FUSED} (one operator a rank)")
+def test_tp_plan(ranks, tmp_path):
+    ranks(tp_plan.train, tmp_path)
+
+
+@feature(
+    'transformers\' `tp_plan="auto"` under PEFT: layers sharded by column, with dropout in training or `lora_bias`',
+    EXACT,
+)
+def test_tp_plan_exact(ranks, tmp_path):
+    ranks(tp_plan.train, tmp_path, exactly=True, lora_dropout=0.5)
+    ranks(tp_plan.train, tmp_path, exactly=True, lora_bias=True)
 
 
 @feature("`LoRALinear`: DDP, FSDP2 (blocks, `lora_A` and `lora_B`), tensor parallelism", FUSED)

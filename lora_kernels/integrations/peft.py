@@ -48,7 +48,10 @@ class Fused:
             return self._mixed(x, adapter_names)
         if not self.active_names():
             return self._modules["base_layer"](x)
-        return sharding.inside(self.parts(self.active_names()), x, self._active)
+        base, *adapters = self.parts(self.active_names())
+        if sharding.styled(base):
+            return sharding.in_style(base, self._active, x)
+        return sharding.inside((base, *adapters), x, self._active)
 
     def _active(self, x):
         weight, lora_a, lora_b, scaling, bias, dropout_p = self._operands(x)
@@ -58,7 +61,7 @@ class Fused:
 
     def operands(self, x):
         """`(weight [N,K], lora_a [R,K], lora_b [N,R], scaling, bias, dropout_p)` of the active adapters, for x."""
-        if sharding.is_dtensor(x) or any(map(sharding.gathered, self.parts(self.active_names()))):
+        if sharding.is_dtensor(x) or any(map(_is_sharded, self.parts(self.active_names()))):
             raise NotFused("the weights are sharded")
         return self._operands(x)
 
@@ -66,6 +69,10 @@ class Fused:
         weight, bias = self.weight_and_bias()
         names = self.active_names()
         lora_a, lora_b, scaling, dropout_p = combined([self.adapter(name) for name in names])
+        if sharding.styled(self._modules["base_layer"]):
+            if dropout_p > 0.0 or any(self.bias_of_b(name) is not None for name in names):
+                raise NotFused("dropout or lora_bias with the tensor parallelism of transformers")
+            lora_a, lora_b = sharding.placed_beside(x, lora_a), sharding.placed_beside(x, lora_b)
         checks.check_call(x, weight, lora_a, self.cast_input_dtype_enabled)
         for name in names:
             lora_bias = self.bias_of_b(name)
@@ -81,7 +88,7 @@ class Fused:
         slots, plan = _batch(tuple(names), x.shape[1:-1].numel(), x.device)
         present = self._modules["lora_A"]._modules
         parts = self.parts(name for name in slots if name in present)
-        if sharding.is_dtensor(x) or any(map(sharding.gathered, parts)):
+        if sharding.is_dtensor(x) or any(map(_is_sharded, parts)):
             raise NotFused("a mixed batch with sharded weights")
         adapters = {name: self.adapter(name) for name in slots if name in present}
         if not adapters:
@@ -107,6 +114,9 @@ class Fused:
         parts += [(part, self._modules[part]._modules[name]) for name in names for part in ("lora_A", "lora_B")]
         for what, module in parts:
             check_itself(what, module)
+        base = self._modules["base_layer"]
+        if sharding.styled(base) and getattr(base, "_hf_tp_plan", None) not in ("colwise", "rowwise"):
+            raise NotFused("the base layer's tp_plan is one for which PEFT has none")
         return [module for _, module in parts]
 
     def weight_and_bias(self):
@@ -232,6 +242,10 @@ def _batch(names: tuple[str, ...], rows_each: int, device) -> tuple[dict[str, in
     slots = {name: slot for slot, name in enumerate(dict.fromkeys(name for name in names if name != "__base__"))}
     rows = torch.tensor([slots.get(name, -1) for name in names], dtype=torch.int32).repeat_interleave(rows_each)
     return slots, BatchPlan(rows.to(device))
+
+
+def _is_sharded(module):
+    return sharding.gathered(module) or sharding.styled(module)
 
 
 def fuse(model: nn.Module) -> Iterator[Layer]:
