@@ -116,7 +116,7 @@ def _batched(
 ):  # fmt: skip
     weight = _whole(weight, _width(b), x.shape[1], *quantized)
     adapters = _adapters(a, b, ranks, scalings, first_row, max_rank)
-    plan = BatchPlan.of_parts(slots, weights, order, segment, distinct)
+    plan = _plan(x, slots, weights, order, segment, distinct)
     chosen = dispatch.batched_plan_for(x, weight, adapters, plan, backend, strategy)
     return chosen.forward(x, weight, bias, adapters, plan)
 
@@ -155,9 +155,21 @@ def _autograd_quantized(ctx, dy):
 def _add_batched(
     y, x, a, b, ranks, scalings, first_row, max_rank, slots, weights, order, segment, distinct, backend=None
 ):  # fmt: skip
+    if y.shape != (x.shape[0], _width(b)):
+        raise ValueError(
+            f"y: got shape {list(y.shape)}, expected {[x.shape[0], _width(b)]}, since x is {list(x.shape)}"
+        )
     adapters = _adapters(a, b, ranks, scalings, first_row, max_rank)
-    plan = BatchPlan.of_parts(slots, weights, order, segment, distinct)
+    plan = _plan(x, slots, weights, order, segment, distinct)
     dispatch.batched_plan_for(x, None, adapters, plan, backend).add(x, y, adapters, plan)
+
+
+def _plan(x, slots, *others):
+    """A plan of as many rows as x, which those who call the operators themselves may get wrong."""
+    if slots.shape[0] != x.shape[0] or any(t is not None and t.numel() != slots.numel() for t in others):
+        got = [None if t is None else t.shape[0] for t in (slots, *others)]
+        raise ValueError(f"plan: got parts of {got} rows, expected {x.shape[0]} each, as x {list(x.shape)}")
+    return BatchPlan.of_parts(slots, *others)
 
 
 def _adapters(*fields):

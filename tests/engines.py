@@ -14,13 +14,20 @@ import types
 import transformers.models.auto.image_processing_auto  # noqa: F401  before the finder: it asks what is installed
 
 STAND_INS = frozenset(
-    "aiohttp cachetools cbor2 cloudpickle einops fastapi llguidance openai openai_harmony partial_json_parser "
-    "prometheus_client pybase64 requests urllib3 uvloop xgrammar zmq".split()
+    "IPython aiohttp cachetools cbor2 cloudpickle compressed_tensors einops fastapi llguidance openai openai_harmony orjson "
+    "partial_json_parser prometheus_client pybase64 requests sentencepiece starlette torchvision tvm_ffi urllib3 uvloop "
+    "xgrammar zmq".split()
 )
 
 
 class _Anything(type):
     """A class whose attributes, items, calls and subclasses are classes like it."""
+
+    def __new__(cls, name, bases, namespace, **options):
+        return super().__new__(cls, name, bases, namespace)
+
+    def __init__(cls, name, bases, namespace, **options):
+        super().__init__(name, bases, namespace)
 
     def __getattr__(cls, name):
         if name.startswith("__"):

@@ -197,3 +197,19 @@ def test_adapters_are_copied_without_what_they_remember():
     copied = copy.deepcopy(original)
     assert not copied.memory
     assert torch.equal(lora_linear_batched(batch.x, batch.weight, copied, BatchPlan(batch.slots)), y)
+
+
+def test_the_operators_refuse_a_plan_of_other_rows():
+    """What compilers and engines call: past the end of a plan the kernels would read what is not theirs."""
+    batch = Batch()
+    fields = [list(column) for column in zip(*(s.fields for s in batch.adapters), strict=True)]
+    where, ops = BatchPlan(batch.slots), torch.ops.lora_kernels
+    fewer, short = where.first(39).parts, (*where.parts[:2], where.order[:39], *where.parts[3:])
+    for parts in (fewer, short):
+        with pytest.raises(ValueError, match="plan: got parts of .*39.*, expected 40 each"):
+            ops.lora_linear_batched(batch.x, batch.weight, None, *fields, *parts)
+        with pytest.raises(ValueError, match="plan: got parts of .*39.*, expected 40 each"):
+            ops.add_lora_batched(torch.zeros(40, 72), batch.x, *fields, *parts)
+    for shape in ((39, 72), (40, 73)):
+        with pytest.raises(ValueError, match=r"y: got shape .*, expected \[40, 72\]"):
+            ops.add_lora_batched(torch.zeros(shape), batch.x, *fields, *where.parts)

@@ -1,14 +1,18 @@
 """What the plugins of serving engines do where there is no such engine, or another one than they were written for."""
 
 import importlib.metadata
+import pkgutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from lora_kernels import LayerAdapters, integrations
-from lora_kernels.integrations import contract, vllm
+from lora_kernels.integrations import contract, sglang, vllm
+
+ENGINES = pytest.mark.parametrize("engine", [vllm, sglang], ids=["vllm", "sglang"])
 
 
 @pytest.fixture(autouse=True)
@@ -20,23 +24,39 @@ def of_version(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
 
 
-def test_without_vllm(monkeypatch, recwarn):
+def name_of(engine):
+    return engine.__name__.rpartition(".")[2]
+
+
+@ENGINES
+def test_without_the_engine(monkeypatch, recwarn, engine):
     def absent(package):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    vllm.register()
-    assert not recwarn.list and "vllm" not in sys.modules
+    before = name_of(engine) in sys.modules
+    engine.register()
+    assert not recwarn.list and (name_of(engine) in sys.modules) == before
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.330.0", "1.0.0"])
-def test_with_another_vllm(monkeypatch, version):
+@ENGINES
+@pytest.mark.parametrize("version", ["0.32.0", "0.330.0", "0.5.230", "1.0.0"])
+def test_with_another_version(monkeypatch, version, engine):
     of_version(monkeypatch, version)
-    with pytest.warns(UserWarning, match=rf"got {version}, expected 0\.33; it runs without .*install vllm==0\.33\.\*"):
-        vllm.register()
+    series = engine.SERIES.replace(".", r"\.")
+    said = rf"got {version}, expected {series}; it runs without .*install {name_of(engine)}=={series}\.\*"
+    with pytest.warns(UserWarning, match=said):
+        engine.register()
     monkeypatch.setenv("LORA_KERNELS_STRICT", "1")
     with pytest.raises(RuntimeError, match=f"got {version}"):
-        vllm.register()
+        engine.register()
+
+
+def test_the_entry_points_are_there():
+    toml = pytest.importorskip("tomllib").loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    groups = toml["project"]["entry-points"]
+    found = {group: pkgutil.resolve_name(points["lora_kernels"]) for group, points in groups.items()}
+    assert found == {"vllm.general_plugins": vllm.register, "sglang.srt.plugins": sglang.register}
 
 
 def test_signatures(monkeypatch):

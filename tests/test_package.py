@@ -21,7 +21,7 @@ ALLOWED = {
     "__init__": {"adapters", "blocks", "dispatch", "functional", "integrations", "modules"},
     "adapters": {"adapters", "formats", "functional", "modules", "torch", "safetensors"},
     "integrations": {"__init__", "formats", "integrations", "sharding", "torch"}
-    | {"bitsandbytes", "deepspeed", "litgpt", "loralib", "nemo_automodel", "peft", "torchtune", "transformers", "vllm"},
+    | set("bitsandbytes deepspeed litgpt loralib nemo_automodel peft sglang torchtune transformers vllm".split()),
     "blocks": {"autograd", "backends", "blocks", "dispatch", "formats", "functional", "modules", "ops", "torch"},
     "modules": {"formats", "functional", "sharding", "torch"},
     "functional": {"adapters", "autograd", "formats", "ops", "dispatch", "sharding", "torch"},

@@ -279,9 +279,7 @@ def test_adapters_beside_another_base(monkeypatch):
         assert calls.call_count == 2
 
 
-@feature(
-    "`fully_sharded_loras`, dual streams, sleep mode, batch-invariant mode, another GEMM than PyTorch's", EXACT, "vLLM"
-)
+@feature("`fully_sharded_loras`", EXACT, "vLLM")
 def test_fully_sharded(monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_STRICT", "0")
     with pytest.warns(UserWarning, match="a collective lies between A and B"):
@@ -291,6 +289,33 @@ def test_fully_sharded(monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_STRICT", "1")
     with pytest.raises(RuntimeError, match="a collective"):
         lora_layer("row", True, fully_sharded_loras=True)
+
+
+@feature("batch-invariant mode, another GEMM than PyTorch's", f"{EXACT}; the adapters on our kernels", "vLLM")
+@pytest.mark.parametrize("asked", ["batch-invariant", "another"])
+def test_another_gemm(monkeypatch, asked):
+    monkeypatch.setenv("LORA_KERNELS_STRICT", "0")
+    theirs, x = lora_layer("gate_up", False), inputs()
+    if asked == "another":
+        another = lambda layer, x, weight, bias=None: torch.nn.functional.linear(x, weight, bias)  # noqa: E731
+        monkeypatch.setattr(linear, "dispatch_unquantized_gemm", lambda backend: another)
+    else:
+        monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)
+    with pytest.warns(UserWarning, match="another GEMM than PyTorch's was asked for"):
+        layer = lora_layer("gate_up", True)
+    with fused_calls() as calls, mock.patch.object(ours, "add", side_effect=ours.add) as adds:
+        torch.testing.assert_close(forward(layer, x), forward(theirs, x), atol=1e-5, rtol=1e-5)
+    assert not calls.called and adds.call_count == 1
+
+
+@feature("sleep mode", EXACT, "vLLM")
+def test_sleep_mode(monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_STRICT", "0")
+    config = types.SimpleNamespace(model_config=types.SimpleNamespace(enable_sleep_mode=True))
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
+    with pytest.warns(UserWarning, match="sleep mode gives away the memory"):
+        assert ours.install(CPU) == CPU
+    assert utils._all_lora_classes is THEIRS
 
 
 @feature("embedding layers", EXACT, "vLLM")
@@ -327,7 +352,9 @@ def test_it_takes_the_place_of_the_platforms_wrapper():
     with mock.patch.object(platform, "get_punica_wrapper", classmethod(lambda cls: CPU)):
         ours.register()
         ours.register()
-        kind = resolve_obj_by_qualname(current_platform.get_punica_wrapper())
-    assert issubclass(kind, (ours.Punica, PunicaWrapperCPU)) and kind.__name__ == "PunicaPunicaWrapperCPU"
+        name = current_platform.get_punica_wrapper()
+    kind = resolve_obj_by_qualname(name)
+    assert issubclass(kind, (ours.Punica, PunicaWrapperCPU)) and kind.__name__ == "FusedPunicaWrapperCPU"
+    assert name.endswith(".FusedPunicaWrapper")  # the end of it is what vLLM logs
     assert "LORA_KERNELS" in envs.compile_factors()
     assert LogitsProcessorWithLoRA in utils._all_lora_classes

@@ -87,14 +87,14 @@ def install(qualname: str) -> str:
     )
     # A factor of its compile cache's key: a graph that was compiled without us must not be found with us.
     envs.environment_variables["LORA_KERNELS"] = lambda: importlib.metadata.version("lora-kernels")
-    global LoraKernelsPunicaWrapper
-    LoraKernelsPunicaWrapper = _with(Punica, resolve_obj_by_qualname(qualname))
-    return f"{__name__}.LoraKernelsPunicaWrapper"
+    global FusedPunicaWrapper
+    FusedPunicaWrapper = _with(Punica, resolve_obj_by_qualname(qualname))
+    return f"{__name__}.FusedPunicaWrapper"
 
 
 @functools.cache
 def _with(ours, theirs):
-    return theirs if issubclass(theirs, ours) else type(f"{ours.__name__}{theirs.__name__}", (ours, theirs), {})
+    return theirs if issubclass(theirs, ours) else type(f"Fused{theirs.__name__}", (ours, theirs), {})
 
 
 class Punica:
