@@ -161,7 +161,7 @@ def _costs_over_format(strategy, p) -> tuple[roofline.Cost, roofline.Cost]:
     rows, columns = max(-(-p.m // tile.block_m), 1), -(-p.n // tile.block_n)
     # A program of `extended` has a whole tile, and without enough of them there are SMs that issue nothing.
     share = 1.0 if p.distinct else min(rows * columns / p.num_sms, 1.0)
-    issued = configs.INSTRUCTIONS[p.format] * p.n * p.k * rows / share
+    issued = named(p.format).INSTRUCTIONS * p.n * p.k * rows / share
     return _dense_cost(strategy, p, roofline.InLoop(p.weight_bytes, issued)), _scratch_cost(strategy, p)
 
 

@@ -33,7 +33,7 @@ class Case:
     weight: int | None = None  # its place in VARIANTS
 
 
-VARIANTS = [(name, options) for name, kind in formats.FORMATS.items() for options in kind.VARIANTS]
+VARIANTS = [(name, options) for name, kind in formats.FORMATS.items() if kind.INSTRUCTIONS for options in kind.VARIANTS]
 CASES = {  # by itemsize; every switch of every kernel is on in one case and off in another
     2: (
         Case(torch.bfloat16, 16),

@@ -21,7 +21,7 @@ import torch
 import triton
 from triton import knobs
 
-from lora_kernels import configs, machine_code
+from lora_kernels import configs, formats, machine_code
 from lora_kernels.adapters.plan import BatchPlan, LayerAdapters
 from lora_kernels.backends import dequantized, launcher, operands, triton_batched, triton_shared
 from lora_kernels.backends import triton as backend
@@ -230,7 +230,7 @@ def check(variant: Variant, keep: bool = False) -> Result:
     if not quantized or not figures.mma:
         return Result(variant.name, asdict(figures), problems)
     problems = [problem for problem in problems if not any(words in problem for words in MEANT)]
-    config, most = variant.config, configs.INSTRUCTIONS[load.__name__]
+    config, most = variant.config, formats.named(load.__name__).INSTRUCTIONS
     weights_a_thread = config.block_n * config.block_k / (32 * config.num_warps)
     per_weight = round(figures.loop_length / weights_a_thread, 2)
     if "one_launch" in variant.kernel.__name__ and config.block_m == 16 and per_weight > most:

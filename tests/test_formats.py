@@ -364,3 +364,8 @@ def test_every_format_has_its_file_and_its_section():
     page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
     assert {path.stem for path in folder.glob("*.py")} == {*formats.FORMATS, "__init__", "base", "scratch"}
     assert set(re.findall(r"^## `(\w+)`", page, re.MULTILINE)) == set(formats.FORMATS)
+
+
+def test_what_a_kernel_reads_says_what_it_may_cost(weight):
+    """Without it neither the static gate nor `test_weights.py` would see the kernel."""
+    assert (type(weight)._tile is not base.QuantizedWeight._tile) == (weight.INSTRUCTIONS is not None)

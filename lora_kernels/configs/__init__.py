@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 ARCHITECTURES = (80, 90, 100)
 INTERPRETER = 0
-INSTRUCTIONS = {"int8": 5.0, "fp8": 5.5, "nf4": 9.25, "int4": 11.0}  # a weight, to dequantise it in the K loop: at most
 STRATEGIES = {  # of the Triton backend, by operation
     "lora_linear": ("one_launch", "extended", "single_pass", "chained"),
     "lora_linear_batched": ("one_launch", "extended", "chained"),

@@ -6,6 +6,9 @@
 (torch.Size([32, 64]), 1152)
 """
 
+import importlib
+import pkgutil
+
 from torch import Tensor, nn
 
 from lora_kernels.formats.base import QuantizedWeight
@@ -15,7 +18,13 @@ from lora_kernels.formats.int8 import Int8Weight
 from lora_kernels.formats.nf4 import NF4Weight
 from lora_kernels.formats.scratch import release_scratch, scratch_bytes
 
-FORMATS: dict[str, type[QuantizedWeight]] = {kind.name: kind for kind in (NF4Weight, Int8Weight, FP8Weight, Int4Weight)}
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+
+_FIRST = NF4Weight, Int8Weight, FP8Weight, Int4Weight  # the order of errors, and of the static gate's record
+FORMATS: dict[str, type[QuantizedWeight]] = {
+    kind.name: kind for kind in dict.fromkeys((*_FIRST, *QuantizedWeight.__subclasses__()))
+}
 
 __all__ = [
     "FORMATS",

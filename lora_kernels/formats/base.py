@@ -25,6 +25,9 @@ class QuantizedWeight(nn.Module):
 
     name: ClassVar[str]
     VARIANTS: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # the options that tests and figures go through
+    INSTRUCTIONS: ClassVar[float | None] = (
+        None  # a weight, to dequantise it in the K loop: at most; None without a kernel
+    )
     requires_grad: ClassVar[bool] = False
 
     def __init__(self, shape, dtype: torch.dtype, **state: Tensor | None):

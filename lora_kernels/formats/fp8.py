@@ -29,6 +29,7 @@ class FP8Weight(QuantizedWeight):
 
     name = "fp8"
     VARIANTS = ({"scaling": "tensor"}, {"scaling": "row"}, {"scaling": "block"})
+    INSTRUCTIONS = 5.5
 
     def __init__(self, data, scale, block, dtype=torch.bfloat16):
         shape = check_shape(getattr(data, "shape", ()))

@@ -31,6 +31,7 @@ class Int4Weight(QuantizedWeight):
 
     name = "int4"
     VARIANTS = ({}, {"group_size": 32})
+    INSTRUCTIONS = 11.0
 
     def __init__(self, packed, scale, zero, shape, group_size=128, dtype=torch.bfloat16):
         n, k = shape = check_shape(shape)

@@ -18,6 +18,7 @@ class Int8Weight(QuantizedWeight):
     """
 
     name = "int8"
+    INSTRUCTIONS = 5.0
 
     def __init__(self, data, scale, dtype=torch.bfloat16):
         shape = check_shape(getattr(data, "shape", ()))

@@ -54,6 +54,7 @@ class NF4Weight(QuantizedWeight):
 
     name = "nf4"
     VARIANTS = ({}, {"blocksize": 256}, {"double_quant": True})
+    INSTRUCTIONS = 9.25
 
     def __init__(self, packed, absmax, shape, blocksize=64, dtype=torch.bfloat16, nested: Nested | None = None):
         shape = check_shape(shape)
