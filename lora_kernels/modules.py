@@ -92,8 +92,11 @@ class LoRALinear(nn.Module):
                 raise ValueError(
                     f"quantize: got {quantize!r}, expected None, since linear is in {quantized.name} already"
                 )
-            make = formats.named(quantize).quantize if isinstance(quantize, str) else quantize
+            make = quantize if callable(quantize) else formats.named(quantize).quantize
             quantized = make(linear.weight)
+            if not isinstance(quantized, QuantizedWeight) or quantized.shape != linear.weight.shape:
+                got = f"{type(quantized).__name__} {list(getattr(quantized, 'shape', ()))}"
+                raise TypeError(f"quantize: got {got} of it, expected a QuantizedWeight {list(linear.weight.shape)}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, quantized)

@@ -74,11 +74,14 @@ def parts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, tuple]:
 
 
 def _whole(weight, n, k, format=None, layout=(), *scales):
-    return (
-        weight
-        if format is None
-        else named(format).of_parts((weight, *(s for s in scales if s is not None)), (n, k), layout)
-    )
+    scales = [scale for scale in scales if scale is not None]
+    if format is not None:
+        return named(format).whole((weight, *scales), (n, k), layout)
+    if layout or scales:
+        raise ValueError(
+            f"format: got None, expected a name, since there are layout {list(layout)}, {len(scales)} scales"
+        )
+    return weight
 
 
 def _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend=None, strategy=None, *quantized):
@@ -129,8 +132,12 @@ def _width(b):
     return sum(of_slice.shape[1] for of_slice in b)
 
 
-def _quantized(x, weight, bias, shape, transposed, *quantized):
-    with dense(_whole(weight, *shape, *quantized), x.dtype) as w:
+def _quantized(x, weight, bias, shape, transposed, format=None, *quantized):
+    named(format)  # which it must have
+    if x.shape[1] != shape[not transposed]:
+        got = f"{list(x.shape)}, expected [M, {shape[not transposed]}]"
+        raise ValueError(f"x: got shape {got}, since weight is {list(shape)}{', transposed' * transposed}")
+    with dense(_whole(weight, *shape, format, *quantized), x.dtype) as w:
         return torch.nn.functional.linear(x, w.mT if transposed else w, bias)
 
 

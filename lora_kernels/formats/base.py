@@ -28,6 +28,8 @@ class QuantizedWeight(nn.Module):
     INSTRUCTIONS: ClassVar[float | None] = (
         None  # a weight, to dequantise it in the K loop: at most; None without a kernel
     )
+    PARTS: ClassVar[tuple[int, ...]] = (2,)  # how many tensors its state may be
+    LAYOUT: ClassVar[int] = 0  # how many ints its layout is
     requires_grad: ClassVar[bool] = False
 
     def __init__(self, shape, dtype: torch.dtype, **state: Tensor | None):
@@ -53,6 +55,19 @@ class QuantizedWeight(nn.Module):
     def of_parts(cls, state: Sequence[Tensor], shape, layout: Sequence[int]) -> "QuantizedWeight":
         """The weight of another one's `state()`, shape and `layout`."""
         return cls(*state)
+
+    @classmethod
+    def whole(cls, state: Sequence[Tensor], shape, layout: Sequence[int]) -> "QuantizedWeight":
+        """`of_parts` of what anybody may have put together; TypeError or ValueError where that is no weight of `shape`."""
+        if len(state) not in cls.PARTS or len(layout) != cls.LAYOUT:
+            raise ValueError(
+                f"weight: got {len(state)} tensors and a layout of {len(layout)} ints, expected "
+                f"{' or '.join(map(str, cls.PARTS))} and {cls.LAYOUT}, of which {cls.name} is made"
+            )
+        weight = cls.of_parts(state, shape, layout)
+        if weight.shape != torch.Size(shape):
+            raise ValueError(f"weight: got {cls.name} of shape {list(weight.shape)}, expected {list(shape)}")
+        return weight
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The fp32 values `[stop - start, K]` of some rows: the definition of the format."""
@@ -116,6 +131,8 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The dense `[N, K]`: computed in fp32, and rounded once to `dtype`, or to that of `out`, which it is written to."""
+        if dtype not in (None, *FLOATS):
+            raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, FLOATS))}")
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
         expected = (self.shape, dtype or out.dtype, self.device)
@@ -171,21 +188,31 @@ class QuantizedWeight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
-def check_tensor(name: str, tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    """Raise TypeError or ValueError, naming the argument, where `tensor` has none of `dtypes` or not that shape."""
+def check_tensor(name: str, tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | str, ...]) -> None:
+    """Raise TypeError or ValueError, naming the argument, where `tensor` has none of `dtypes` or not that shape.
+
+    An extent that is a str may be any.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: got {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(shape)}")
+    fits = (isinstance(extent, str) or extent == given for extent, given in zip(shape, tensor.shape, strict=False))
+    if tensor.dim() != len(shape) or not all(fits):
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
 
 
 def check_shape(shape) -> torch.Size:
     """`shape` as a Size; ValueError where it is not `[N, K]` with N, K >= 1."""
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"shape: got {list(shape)}, expected [N, K] with N, K >= 1")
+    if not is_extents(shape):
+        raise ValueError(f"shape: got {shape}, expected [N, K] with N, K >= 1")
     return torch.Size(shape)
+
+
+def is_extents(pair) -> bool:
+    """Whether `pair` is two positive ints."""
+    ints = isinstance(pair, (tuple, list)) and all(isinstance(extent, (int, torch.SymInt)) for extent in pair)
+    return ints and len(pair) == 2 and min(pair) >= 1
 
 
 def cdiv(a: int, b: int) -> int:

@@ -3,11 +3,12 @@
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_kernels.formats.base import QuantizedWeight, cdiv, check_shape, check_tensor, safe_scale
+from lora_kernels.formats.base import QuantizedWeight, cdiv, check_shape, check_tensor, is_extents, safe_scale
 
 E4M3_MAX = 448.0
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)  # fp32 holds all their values
 SCALINGS = ("tensor", "row", "block")
 NATIVE = 89  # the compute capability from which on there are instructions that convert e4m3
 
@@ -30,12 +31,12 @@ class FP8Weight(QuantizedWeight):
     name = "fp8"
     VARIANTS = ({"scaling": "tensor"}, {"scaling": "row"}, {"scaling": "block"})
     INSTRUCTIONS = 5.5
+    LAYOUT = 2
 
     def __init__(self, data, scale, block, dtype=torch.bfloat16):
-        shape = check_shape(getattr(data, "shape", ()))
-        check_tensor("data", data, (torch.float8_e4m3fn,), shape)
-        if len(block) != 2 or not all(isinstance(extent, int) and extent >= 1 for extent in block):
-            raise ValueError(f"block: got {block}, expected two positive ints")
+        check_tensor("data", data, (torch.float8_e4m3fn,), ("N", "K"))
+        shape = check_shape(data.shape)
+        _check_block("block", block)
         check_tensor("scale", scale, (torch.float32,), tuple(map(cdiv, shape, block)))
         super().__init__(shape, dtype, data=data, scale=scale)
         self.block = tuple(block)
@@ -76,7 +77,9 @@ class FP8Weight(QuantizedWeight):
         if scaling not in SCALINGS:
             raise ValueError(f"scaling: got {scaling!r}, expected one of {', '.join(SCALINGS)}")
         n, k = values.shape
-        rows, cols = block or {"tensor": (n, k), "row": (1, k), "block": (128, 128)}[scaling]
+        block = {"tensor": (n, k), "row": (1, k), "block": (128, 128)}[scaling] if block is None else block
+        _check_block("block", block)
+        rows, cols = block
         padded = nn.functional.pad(values, (0, -k % cols, 0, -n % rows))
         blocks = padded.view(cdiv(n, rows), rows, cdiv(k, cols), cols)
         scale = safe_scale(blocks.abs().amax((1, 3)) / E4M3_MAX)
@@ -87,18 +90,27 @@ class FP8Weight(QuantizedWeight):
     def from_checkpoint(cls, weight, weight_scale_inv, block_size=(128, 128), dtype=torch.bfloat16) -> "FP8Weight":
         """The `weight [N, K]` and `weight_scale_inv` of an fp8 checkpoint, sharing the codes.
 
-        block_size  of the scales; None is one scale for the tensor, or one for each row, as their shape says
+        weight_scale_inv  fp32, bf16, fp16 or e8m0
+        block_size        of the scales; None is one scale for the tensor, or one for each row, as their shape says
         """
-        n, k = check_shape(getattr(weight, "shape", ()))
+        check_tensor("weight", weight, (torch.float8_e4m3fn,), ("N", "K"))
+        if not isinstance(weight_scale_inv, Tensor) or weight_scale_inv.dtype not in SCALES:
+            got = getattr(weight_scale_inv, "dtype", type(weight_scale_inv).__name__)
+            raise TypeError(f"weight_scale_inv: got {got}, expected one of {', '.join(map(str, SCALES))}")
+        n, k = weight.shape
         scale = weight_scale_inv.detach().float()
         if block_size is None:
             block_size = (n, k) if scale.numel() == 1 else (1, k)
             scale = scale.reshape(1 if scale.numel() == 1 else -1, 1)
-        return cls(weight.detach(), scale, tuple(block_size), dtype)
+        _check_block("block_size", block_size)
+        check_tensor("weight_scale_inv", scale, (torch.float32,), tuple(map(cdiv, (n, k), block_size)))
+        return cls(weight.detach(), scale, block_size, dtype)
 
     @classmethod
     def from_torchao(cls, weight) -> "FP8Weight":
         """torchao's float8 tensor, sharing its codes."""
+        if not hasattr(weight, "qdata"):
+            raise TypeError(f"weight: got {type(weight).__name__}, expected a float8 tensor of torchao")
         scale = weight.scale.float().reshape(tuple(map(cdiv, weight.qdata.shape, weight.block_size)))
         return cls(weight.qdata, scale, tuple(weight.block_size), weight.dtype)
 
@@ -110,6 +122,11 @@ class FP8Weight(QuantizedWeight):
         if getattr(getattr(weight, "qdata", None), "dtype", None) == torch.float8_e4m3fn:
             return cls.from_torchao(weight)
         return None
+
+
+def _check_block(name, block):
+    if not is_extents(block):
+        raise ValueError(f"{name}: got {block}, expected two positive ints")
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_kernels.formats.base import QuantizedWeight, cdiv, check_shape, check_tensor, safe_scale
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of an AWQ word, from the lowest, holds column 8 j + AWQ_ORDER[i]
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
 HALF_AND_A_BIT = 1.0 + 2.0**-20  # ties, and what rounding has moved off a tie, go away from zero
 
 
@@ -32,12 +33,14 @@ class Int4Weight(QuantizedWeight):
     name = "int4"
     VARIANTS = ({}, {"group_size": 32})
     INSTRUCTIONS = 11.0
+    PARTS = (3,)
+    LAYOUT = 1
 
     def __init__(self, packed, scale, zero, shape, group_size=128, dtype=torch.bfloat16):
         n, k = shape = check_shape(shape)
         _check_group_size(group_size)
         check_tensor("packed", packed, (torch.int32,), (n, cdiv(k, 8)))
-        check_tensor("scale", scale, (torch.float16, torch.bfloat16, torch.float32), (n, cdiv(k, group_size)))
+        check_tensor("scale", scale, SCALES, (n, cdiv(k, group_size)))
         check_tensor("zero", zero, (torch.uint8,), (n, cdiv(k, group_size)))
         super().__init__(shape, dtype, packed=packed, scale=scale, zero=zero)
         self.group_size = group_size
@@ -89,8 +92,12 @@ class Int4Weight(QuantizedWeight):
         g_idx        `[K]`, the group of each k; only k // group_size can be taken (desc_act=False)
         zero_offset  what the file leaves off its zero points: 1 in the first version of the format, 0 in gptq_v2
         """
-        groups, n = scales.shape
-        k = qweight.shape[0] * 8
+        check_tensor("qweight", qweight, (torch.int32,), ("K / 8", "N"))
+        k, n = qweight.shape[0] * 8, qweight.shape[1]
+        check_tensor("scales", scales, SCALES, ("K / group_size", n))
+        if zero_offset not in (0, 1):
+            raise ValueError(f"zero_offset: got {zero_offset!r}, expected 0 or 1")
+        groups = len(scales)
         group_size = cdiv(k, groups)
         if g_idx is not None and not torch.equal(g_idx.long().cpu(), torch.arange(k) // group_size):
             raise NotImplementedError("g_idx: got groups in an order of their own (desc_act), expected k // group_size")
@@ -106,9 +113,10 @@ class Int4Weight(QuantizedWeight):
         scales   fp16 `[K / group_size, N]`
         qzeros   int32 `[K / group_size, N / 8]`, packed as qweight
         """
+        check_tensor("scales", scales, SCALES, ("K / group_size", "N"))
         groups, n = scales.shape
-        k = qweight.shape[0]
-        check_tensor("qweight", qweight, (torch.int32,), (k, cdiv(n, 8)))
+        check_tensor("qweight", qweight, (torch.int32,), ("K", cdiv(n, 8)))
+        k = len(qweight)
         check_tensor("qzeros", qzeros, (torch.int32,), (groups, cdiv(n, 8)))
         order = torch.tensor(AWQ_ORDER, device=qweight.device).argsort()
         q, zero = (unpack(t).view(len(t), -1, 8)[..., order].flatten(1)[:, :n].mT for t in (qweight, qzeros))

@@ -21,8 +21,8 @@ class Int8Weight(QuantizedWeight):
     INSTRUCTIONS = 5.0
 
     def __init__(self, data, scale, dtype=torch.bfloat16):
-        shape = check_shape(getattr(data, "shape", ()))
-        check_tensor("data", data, (torch.int8,), shape)
+        check_tensor("data", data, (torch.int8,), ("N", "K"))
+        shape = check_shape(data.shape)
         check_tensor("scale", scale, (torch.float32,), shape[:1])
         super().__init__(shape, dtype, data=data, scale=scale)
 
@@ -41,8 +41,10 @@ class Int8Weight(QuantizedWeight):
     def from_bitsandbytes(cls, linear) -> "Int8Weight":
         """The weight of a `bitsandbytes.nn.Linear8bitLt`, sharing its codes; what it does to activations is left out.
 
-        Raises ValueError for a layer that is not quantised yet.
+        Raises TypeError for another layer, ValueError for one that is not quantised yet.
         """
+        if not hasattr(linear, "state"):
+            raise TypeError(f"linear: got {type(linear).__name__}, expected a Linear8bitLt of bitsandbytes")
         data = linear.state.CB if linear.state.CB is not None else linear.weight.CB
         absmax = linear.state.SCB if linear.state.SCB is not None else linear.weight.SCB
         if linear.state.has_fp16_weights or data is None or absmax is None:
@@ -54,6 +56,8 @@ class Int8Weight(QuantizedWeight):
     @classmethod
     def from_torchao(cls, weight) -> "Int8Weight":
         """torchao's int8 tensor with symmetric scales for each row, sharing its codes; NotImplementedError for others."""
+        if _qdata(weight) is None:
+            raise TypeError(f"weight: got {type(weight).__name__}, expected an int8 tensor of torchao")
         if tuple(weight.block_size) != (1, weight.qdata.shape[1]):
             raise NotImplementedError(f"weight: got block_size {weight.block_size}, expected one scale for each row")
         if getattr(weight, "zero_point", None) is not None and weight.zero_point.any():

@@ -55,6 +55,8 @@ class NF4Weight(QuantizedWeight):
     name = "nf4"
     VARIANTS = ({}, {"blocksize": 256}, {"double_quant": True})
     INSTRUCTIONS = 9.25
+    PARTS = (2, 5)
+    LAYOUT = 1
 
     def __init__(self, packed, absmax, shape, blocksize=64, dtype=torch.bfloat16, nested: Nested | None = None):
         shape = check_shape(shape)
@@ -168,7 +170,7 @@ class NF4Weight(QuantizedWeight):
 
 
 def _check_blocksize(blocksize):
-    if blocksize not in BLOCKSIZES:
+    if not isinstance(blocksize, int) or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: got {blocksize!r}, expected one of {', '.join(map(str, BLOCKSIZES))}")
 
 

@@ -48,7 +48,10 @@ def _converted(parameter, dtype):
     key = (parameter.data_ptr(), parameter.quant_state, dtype)
     known, weight = _weights.get(parameter, (None, None))
     if known is None or not (known[0] == key[0] and known[1] is key[1] and known[2] is dtype):
-        weight = formats.NF4Weight.from_bitsandbytes(parameter)
+        try:
+            weight = formats.NF4Weight.from_bitsandbytes(parameter)
+        except ValueError as reason:  # a block size, say, that bitsandbytes has and the format has not
+            raise NotFused(str(reason)) from None
         weight.dtype = dtype
         _weights[parameter] = key, weight
     return weight
