@@ -9,7 +9,7 @@ from torch import nn
 from lora_kernels import LoRALinear, apply_lora, formats, testing
 from lora_kernels.demo.material import in_4_bits
 from lora_kernels.formats import FP8Weight, Int4Weight, Int8Weight, NF4Weight
-from lora_kernels.formats.int4 import AWQ_ORDER, pack, unpack
+from lora_kernels.formats.int4 import pack, unpack
 from lora_kernels.modules import lora_layers
 
 NAMES = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
@@ -225,8 +225,8 @@ def test_int4_of_awq():
     q, zero = torch.randint(0, 16, (k, n)), torch.randint(0, 16, (k // group, n))
     scales = torch.rand(k // group, n).half()
 
-    def packed(t):
-        return pack(t.view(len(t), -1, 8)[..., list(AWQ_ORDER)].flatten(1))
+    def packed(t):  # nibble i holds this column of eight: docs/formats.md
+        return pack(t.view(len(t), -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1))
 
     weight = Int4Weight.from_awq(packed(q), scales, packed(zero))
     expected = (q.float() - zero.repeat_interleave(group, 0)) * scales.float().repeat_interleave(group, 0)

@@ -30,11 +30,13 @@ class Net(nn.Module):
     """As transformers makes it: PEFT has classes of its own for a model that is loaded so."""
 
     def __init__(
-        self, compute=torch.float32, stored=torch.float32, known=True, nested=True, quant_type="nf4", bias=True
-    ):
+        self, compute=torch.float32, stored=torch.float32, known=True, nested=True, quant_type="nf4", bias=True,
+        blocksize=64,
+    ):  # fmt: skip
         super().__init__()
         options = {"compute_dtype": compute, "quant_type": quant_type, "compress_statistics": nested, "bias": bias}
         self.up, self.down = bnb.nn.Linear4bit(K, N, **options), bnb.nn.Linear4bit(N, K, **options)
+        self.up.weight.blocksize = self.down.weight.blocksize = blocksize
         self.is_loaded_in_4bit = known
         self.to(stored).to(DEVICE)
 
@@ -136,6 +138,7 @@ def test_a_weight_is_converted_once_and_shares_its_codes(monkeypatch):
 REASONS = {
     "another compute_dtype": (dict(compute=torch.bfloat16), "x is torch.float32, the base weight torch.bfloat16"),
     "no compute_dtype": (dict(compute=None), "or chosen its compute_dtype"),
+    "larger blocks": (dict(blocksize=1024), "blocksize: got 1024, expected one of 64, 128, 256, 512"),
     "fp4": (dict(quant_type="fp4"), "the weight is in fp4"),
     "a coarser weight": (
         dict(stored=torch.bfloat16),
