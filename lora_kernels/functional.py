@@ -333,8 +333,8 @@ def _check_tensors(tensors):
     for name, tensor in tensors.items():
         if name == "weight" and isinstance(tensor, QuantizedWeight):
             _check_quantized(tensor, tensors["x"])
-            if not compiling:  # the operator does it too; buffers can be replaced, and kernels read where they end
-                tensor.whole(tensor.state(), tensor.shape, tensor.layout)
+            if not compiling:  # the operator does it then
+                tensor.check_state()
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")

@@ -130,6 +130,10 @@ def test_the_figures_of_the_docs_are_measured(make):
     assert any(line.endswith(row) for line in rows), f"{weight.name}, {weight.options}: {row}"
 
 
+def test_the_nibble_past_an_odd_nf4_weight_is_that_of_zero():
+    assert formats.quantize(torch.ones(1, 1), "nf4").packed.tolist() == [0xF7]
+
+
 def test_fp8_blocks_need_not_be_square():
     dense = random(70, 100) * torch.linspace(1, 9, 100, device=DEVICE)
     weight = formats.quantize(dense, "fp8", block=(32, 16))

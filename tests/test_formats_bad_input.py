@@ -202,7 +202,7 @@ def test_a_buffer_that_was_replaced_is_checked_again(format, batched):
         run(weight)
         if getattr(weight, name) is not None:
             setattr(weight, name, getattr(weight, name)[:-1].clone())
-            with pytest.raises(ValueError, match=rf"^({name}|scale|weight): got .* expected"):
+            with pytest.raises(ValueError, match=f"^{name}: got .* expected"):
                 run(weight)
 
 

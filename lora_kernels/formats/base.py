@@ -39,6 +39,7 @@ class QuantizedWeight(nn.Module):
         self.shape, self.dtype = torch.Size(shape), dtype
         for name, tensor in state.items():
             self.register_buffer(name, tensor)
+        self._made_of = [(name, tensor.dtype, tensor.shape) for name, tensor in state.items() if tensor is not None]
         if len(devices := {tensor.device for tensor in self.state()}) > 1:
             raise ValueError(f"{', '.join(state)}: got devices {sorted(map(str, devices))}, expected one")
 
@@ -144,6 +145,11 @@ class QuantizedWeight(nn.Module):
             chunk = out[start : start + rows]
             chunk.copy_(self._rows(start, start + len(chunk)))
         return out
+
+    def check_state(self) -> None:
+        """Raise TypeError or ValueError where a buffer was replaced by one of another dtype or shape: kernels read it all."""
+        for name, dtype, shape in self._made_of:
+            check_tensor(name, self._buffers[name], (dtype,), shape)
 
     def state(self) -> tuple[Tensor, ...]:
         """The tensors that are the weight, the codes first."""
