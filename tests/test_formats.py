@@ -134,6 +134,14 @@ def test_the_nibble_past_an_odd_nf4_weight_is_that_of_zero():
     assert formats.quantize(torch.ones(1, 1), "nf4").packed.tolist() == [0xF7]
 
 
+def test_int4_ranges_that_end_halfway_between_codes_keep_their_ends():
+    """Else the next quantisation would have another scale."""
+    low = torch.arange(15.0, device=DEVICE) + 0.5
+    dense = torch.stack((-low, 15.0 - low), 1).repeat(100, 1) * torch.rand(1500, 1, device=DEVICE)
+    once = formats.quantize(dense, "int4")
+    assert torch.equal(once.packed, once.requantize(once.dequantize()).packed)
+
+
 def test_fp8_blocks_need_not_be_square():
     dense = random(70, 100) * torch.linspace(1, 9, 100, device=DEVICE)
     weight = formats.quantize(dense, "fp8", block=(32, 16))
@@ -378,6 +386,8 @@ def test_every_format_has_its_file_and_its_section():
     page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
     assert {path.stem for path in folder.glob("*.py")} == {*formats.FORMATS, "__init__", "base", "scratch"}
     assert set(re.findall(r"^## `(\w+)`", page, re.MULTILINE)) == set(formats.FORMATS)
+    for name, kind in formats.FORMATS.items():
+        assert kind.INSTRUCTIONS is None or f"{kind.INSTRUCTIONS:g} for {name}" in page
 
 
 def test_what_a_kernel_reads_says_what_it_may_cost(weight):
