@@ -68,6 +68,7 @@ def test_dequantize_rounds_the_fp32_values_once_in_whatever_chunks(make, shape, 
     weight = make(random(*shape, dtype=torch.bfloat16))
     values = weight._rows(0, shape[0])
     assert values.dtype == torch.float32 and weight.dequantize().dtype == weight.dtype == torch.bfloat16
+    assert weight.requantize(values).dtype == torch.bfloat16
     for chunk in (base.CHUNK, 1, 3 * shape[1]):
         monkeypatch.setattr(base, "CHUNK", chunk)
         for dtype in base.FLOATS:
