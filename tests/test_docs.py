@@ -20,7 +20,8 @@ WITH_EXAMPLES = [path for path in SOURCES if ">>>" in path.read_text() and path 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.name)
 def test_docstring_examples_run(path, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
-    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    file = path.parent if path.name == "__init__.py" else path.with_suffix("")
+    module = importlib.import_module(".".join(file.relative_to(ROOT).parts))
     failed, attempted = doctest.testmod(module)
     assert attempted > 0
     assert failed == 0
