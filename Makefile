@@ -59,8 +59,10 @@ fuzz: $(VENV)/dev  ## 2,000 random problems, and 10,000 orders of programs
 peft-judge: $(VENV)/judge  ## PEFT's own LoRA tests with and without us, every fused call and gradient compared
 	PYTHONPATH=. $(BIN)/python tests/peft_judge $(VENV)/peft-*.tar.gz --work out/peft-judge
 
+ENGINES := tests/test_sglang.py tests/test_vllm.py  # in a process of their own: they stand in for modules, or change them
 integrations: $(VENV)/integrations $(VENV)/demo  ## the stacks that make test goes without: trainers, engines, sharding, other LoRA layers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration $(ENGINES:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration $(ENGINES)
 
 bench: $(VENV)/dev  ## every suite against every rival that is installed; writes benchmarks/results/, plots to out/bench/
 	$(BIN)/python -m lora_kernels bench
