@@ -16,7 +16,7 @@ pytest_plugins = ["peft_judge.cases"]
 from conftest import DEVICE
 from features import EXACT, FUSED, UNSUPPORTED, feature
 from peft_judge import judge
-from peft_judge.cases import K
+from peft_judge.cases import K, assert_compiles_to_one_operator
 from test_linears import N, R, assert_as_near
 
 from lora_kernels.integrations import hub, linears
@@ -93,16 +93,8 @@ def test_kernelize(kind, mode, x, calls):
 
 @feature("`torch.compile(fullgraph=True)`", f"{FUSED} (one operator)")
 def test_compile_fullgraph(x):
-    torch.compiler.reset()
     layer, theirs = kernelized(OfLinears(), "training, compiled")
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=backend)(x), theirs(x))
-    assert any("lora_kernels.lora_linear" in str(node.target) for node in graphs[-1].graph.nodes)
+    assert_compiles_to_one_operator(layer, x, theirs(x))
 
 
 @feature("a repository in the hub's layout, from a folder (`LocalLayerRepository`)", FUSED)

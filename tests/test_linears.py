@@ -12,7 +12,7 @@ import torch
 from conftest import DEVICE
 from features import EXACT, FUSED, feature
 from peft_judge import judge
-from peft_judge.cases import K
+from peft_judge.cases import K, assert_compiles_to_one_operator
 from torch import nn
 
 import lora_kernels
@@ -243,17 +243,9 @@ def test_disabled(x):
 @feature("`torch.compile(fullgraph=True)`", f"{FUSED} (one operator)", "all five")
 @pytest.mark.parametrize("name", LAYERS)
 def test_compile_fullgraph(name, x):
-    torch.compiler.reset()
     model = model_of(name)
     lora_kernels.apply_lora_kernels_to_model(model)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
-    assert any("lora_kernels.lora_linear" in str(node.target) for node in graphs[-1].graph.nodes)
+    assert_compiles_to_one_operator(model, x, model(x))
 
 
 NOT_FUSED = {

@@ -101,3 +101,16 @@ def assert_same(model, x, close=CLOSE):
             assert gradient is None, name
         else:
             close(gradient, expected_gradients[name])
+
+
+def assert_compiles_to_one_operator(model, x, expected):
+    """`model(x)` is `expected` in one graph, in which our operator stands."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), expected)
+    assert any("lora_kernels.lora_linear" in str(node.target) for node in graphs[-1].graph.nodes)
