@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define LORA_ABI 5  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_ABI 6  // raise it with any change below, so that Python refuses a library built from other sources
 #define LORA_MAX_RANK 512
 
 enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
@@ -21,8 +21,8 @@ struct LoraSlice {
 };
 
 // y += the adapters of each row; an entry e of slots [rows, adapters_per_row] belongs to row e / adapters_per_row. With w
-// y is x W' + bias and the adapters: for fp32 and, where the instruction set has pairs, bf16; then k and strides of bf16 are
-// even, pointers are to whole pairs, and there are 64 columns or more.
+// y is x W' + bias and the adapters: for fp32 and, where the instruction set has pairs, bf16; then rows of a bf16
+// x are whole pairs, with a zero beside an odd last element, and there are 16 columns or more.
 struct LoraBatch {
   const void* x;
   const void* w;     // [columns, k], or null

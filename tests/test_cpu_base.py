@@ -24,6 +24,14 @@ SHAPES = [
     dict(m=100, widths=(64, 1, 2), k=30),
     dict(m=33, widths=(1100,), k=34, slots=2, rank=4),
     dict(m=16, widths=(79,), k=4098, slots=2, rank=4),  # past several pieces of the depth
+    dict(m=3, widths=(64,), k=1),
+    dict(m=33, widths=(70, 33), k=31),  # every other row begins between pairs
+    dict(m=50, widths=(81,), k=95, bias=False),
+    dict(m=16, widths=(65,), k=4099, slots=2, rank=4),
+    dict(m=20, widths=(16,), k=33),  # fewer columns than are multiplied at once
+    dict(m=20, widths=(50,), k=94),
+    dict(m=7, widths=(33, 17), k=63),
+    dict(m=7, widths=(49, 1, 13), k=65),
 ]
 
 
@@ -58,19 +66,22 @@ def test_rows_are_right_whatever_their_company_and_the_threads(dtype, ours, shap
     assert all(ours)
 
 
-def apart(matrix, stride):
-    """The same values, in rows `stride` elements apart, with NaN between them."""
+def apart(matrix, stride, start=0):
+    """The same values, in rows `stride` elements apart, with NaN around them."""
     wide = torch.full((len(matrix), stride), math.nan, dtype=matrix.dtype)
-    wide[:, : matrix.shape[1]] = matrix
-    return wide[:, : matrix.shape[1]]
+    wide[:, start : start + matrix.shape[1]] = matrix
+    return wide[:, start : start + matrix.shape[1]]
 
 
-def test_operands_as_they_lie(dtype, ours):
-    batch = Batch(m=19, k=66, widths=(80,), dtype=dtype)
+@pytest.mark.parametrize("k", [66, 67])
+def test_operands_as_they_lie(dtype, ours, k):
+    batch = Batch(m=19, k=k, widths=(80,), dtype=dtype)
     y = batch.run(CHOICE)
     for change in (
-        {"x": apart(batch.x, 67)},  # no row but the first begins at a whole pair
-        {"x": apart(batch.x, 70), "weight": apart(batch.weight, 68)},
+        {"x": apart(batch.x, k + 1), "weight": apart(batch.weight, k + 1)},
+        {"x": apart(batch.x, k + 2), "weight": apart(batch.weight, k + 2)},
+        {"x": apart(batch.x, k + 3, start=1), "weight": apart(batch.weight, k + 4, start=1)},
+        {"x": apart(batch.x, k + 4, start=1), "weight": apart(batch.weight, k + 3, start=1)},
         {"x": batch.x.mT.contiguous().mT},
         {"bias": apart(batch.bias[:, None], 3)[:, 0]},
     ):
@@ -85,6 +96,9 @@ CASES = [
     Case(21, 1100, 66, 33, needs=()),
     Case(16, 79, 4098, 1, bias=True, dropout_p=0.5),
     Case(13, 200, 96, 33, layouts={"x": "strided", "lora_a": "transposed", "dy": "misaligned"}),
+    Case(17, 145, 97, 16, bias=True, dropout_p=0.3),
+    Case(49, 31, 33, 5),
+    Case(13, 200, 95, 33, layouts={"x": "misaligned", "weight": "misaligned"}),
 ]
 
 
@@ -99,27 +113,25 @@ def test_one_adapter(dtype, ours, case):
     assert ours and all(ours)
 
 
-def test_a_nan_stays_in_its_row(dtype):
-    batch = Batch(m=20, k=66, widths=(80,), dtype=dtype)
+@pytest.mark.parametrize("k", [66, 67])
+def test_a_nan_stays_in_its_row_and_its_column(dtype, k):
+    batch = Batch(m=20, k=k, widths=(80,), dtype=dtype)
     y = batch.run(CHOICE)
-    batch.x[7] = math.nan
-    others = torch.arange(20) != 7
+    batch.x[7, 3] = batch.weight[40, 0] = math.nan
     z = batch.run(CHOICE)
-    assert z[7].isnan().all() and torch.equal(z[others], y[others])
+    assert z[7].isnan().all() and z[:, 40].isnan().all()
+    others = torch.arange(20)[:, None] != 7, torch.arange(80) != 40
+    assert torch.equal(z[others[0] & others[1]], y[others[0] & others[1]])
 
 
 def test_the_rest_is_pytorchs(dtype, ours, monkeypatch):
     def transposed(batch):
         batch.weight = batch.weight.mT.contiguous().mT
 
-    def odd_rows(batch):
-        batch.weight = apart(batch.weight, batch.weight.shape[1] + 1)
-
     few, many = Batch(m=4, dtype=dtype), Batch(m=11, dtype=dtype)
     monkeypatch.setattr(configs_cpu, "BASE_ROWS", {key: (5, 10) for key in configs_cpu.BASE_ROWS})
     for batch, change in (
-        (few, None), (many, None), (Batch(m=8, widths=(63,), dtype=dtype), None), (Batch(m=8, k=95, dtype=dtype), None),
-        (Batch(m=8, dtype=dtype), transposed), (Batch(m=8, dtype=dtype), odd_rows),
+        (few, None), (many, None), (Batch(m=8, widths=(15,), dtype=dtype), None), (Batch(m=8, dtype=dtype), transposed),
     ):  # fmt: skip
         if change:
             change(batch)

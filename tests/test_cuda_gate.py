@@ -3,14 +3,15 @@
 `python tests/test_cuda_gate.py` writes the record anew.
 """
 
-import importlib.util
 import itertools
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -18,6 +19,7 @@ import torch
 
 machine_code = pytest.importorskip("lora_kernels.machine_code", reason="Triton brings nvdisasm")
 ROOT = Path(__file__).resolve().parent.parent
+compilers = SimpleNamespace(**runpy.run_path(str(ROOT / "csrc" / "compilers.py")))
 RECORD = ROOT / "tests" / "resources" / "cuda_gate.json"
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
@@ -38,23 +40,8 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
 """
 
 
-def setup_script():
-    """setup.py, for its compiler and its flags."""
-    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    import setuptools
-
-    real, setuptools.setup = setuptools.setup, lambda **_: None
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        setuptools.setup = real
-    return module
-
-
 def find_nvcc():
-    pytest.importorskip("setuptools", minversion="77")
-    nvcc = setup_script().find_nvcc()
+    nvcc = compilers.find_nvcc()
     if nvcc is None:
         pytest.skip("the CUDA gate needs nvcc: pip install -r requirements/cuda.txt, or CUDA_HOME")
     return nvcc
@@ -62,7 +49,7 @@ def find_nvcc():
 
 def compiled(nvcc, *sources):
     """{kernel: {registers, ...}} of what ptxas says of `sources`, for every architecture that is built."""
-    options = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in setup_script().ARCHITECTURES]
+    options = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in compilers.ARCHITECTURES]
     flags = ["-std=c++17", "-O3", "-cubin", "-Xptxas=-v", '-DLORA_CUDA_ARCHITECTURES=""']
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +110,7 @@ def shared_memory():
 @pytest.mark.compile
 def test_the_machine_code_is_as_recorded_and_nothing_spills():
     nvcc, record = find_nvcc(), json.loads(RECORD.read_text())
-    figures = compiled(nvcc, *setup_script().CUDA_SOURCES)
+    figures = compiled(nvcc, *compilers.CUDA_SOURCES)
     assert figures.keys() == record["kernels"].keys() and not problems(figures)
     if version(nvcc) != record["nvcc"]:
         pytest.skip(f"nothing spills; the record is nvcc {record['nvcc']}'s, and this is {version(nvcc)}")
@@ -147,8 +134,8 @@ def test_a_kernel_that_spills_is_refused(tmp_path):
 
 
 if __name__ == "__main__":
-    nvcc = setup_script().find_nvcc() or sys.exit("no nvcc")
-    kernels = compiled(nvcc, *setup_script().CUDA_SOURCES)
+    nvcc = compilers.find_nvcc() or sys.exit("no nvcc")
+    kernels = compiled(nvcc, *compilers.CUDA_SOURCES)
     lines = ",\n".join(f'"{name}": {json.dumps(found)}' for name, found in kernels.items())
     RECORD.write_text(
         f'{{"nvcc": "{version(nvcc)}", "shared": {json.dumps(shared_memory())},\n"kernels": {{\n{lines}\n}}}}\n'

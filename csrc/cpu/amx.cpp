@@ -39,12 +39,12 @@ struct Multiplying<bf16> {
 };
 
 template <int TILE>
-inline void load_tile(const float* from, int64_t stride) {
-  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(from), "r"(stride * sizeof *from) : "memory");
+inline void load_tile(const void* from, int64_t bytes) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(from), "r"(bytes) : "memory");
 }
 template <int TILE>
-inline void store_tile(float* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(TILE), "r"(to), "r"(stride * sizeof *to) : "memory");
+inline void store_tile(float* to, int64_t bytes) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(TILE), "r"(to), "r"(bytes) : "memory");
 }
 template <int TILE>
 inline void zero_tile() { asm volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
@@ -54,9 +54,10 @@ inline void multiply_tiles() {
 }
 
 // Shows the address sanitizer the ends of a tile's rows, which it does not see read.
-inline void show(const float* from, int64_t stride, int64_t rows, int64_t units) {
+inline void show(const void* from, int64_t bytes, int64_t rows, int64_t units) {
 #ifdef __SANITIZE_ADDRESS__
-  for (const volatile float* row = from; rows-- > 0; row += stride) (void)row[0], (void)row[units - 1];
+  const volatile char* row = static_cast<const volatile char*>(from);
+  for (; rows-- > 0; row += bytes) (void)row[0], (void)row[units * sizeof(float) - 1];
 #endif
 }
 
@@ -74,9 +75,9 @@ inline void each(Visit visit) {
 
 // ROWS by COLUMNS tiles of sums.
 template <int ROWS, int COLUMNS>
-inline void tiles(const float* left, int64_t left_stride, const float* right, int64_t units, bool first, float* out,
-                  int64_t out_stride) {
-  constexpr int64_t width = COLUMNS * kLanes;
+inline void tiles(Left left, const float* right, int64_t units, bool first, float* out, int64_t out_stride) {
+  constexpr int64_t width = COLUMNS * kLanes, row_bytes = width * sizeof(float);
+  const int64_t out_bytes = out_stride * sizeof(float);
   const auto each_sum = [&](auto visit) {
     each<ROWS>([&](auto m) {
       each<COLUMNS>([&](auto v) {
@@ -86,34 +87,34 @@ inline void tiles(const float* left, int64_t left_stride, const float* right, in
   };
   const auto step = [&](auto l, auto r, int64_t count) {
     each<ROWS>([&](auto m) {
-      const float* rows = left + m.value * kSide * left_stride;
-      show(rows, left_stride, kSide, count);
-      load_tile<l.value>(rows, left_stride);
+      const Left rows = left.from(m.value * kSide);
+      show(rows.at, rows.bytes, kSide, count);
+      load_tile<l.value>(rows.at, rows.bytes);
       each<COLUMNS>([&](auto i) {  // there and back: the last tile of a row is the first of the next
         constexpr int v = m.value % 2 ? COLUMNS - 1 - i.value : i.value;
         if (m.value == 0 || i.value > 0) {
-          show(right + v * kLanes, width, count, kLanes);
-          load_tile<r.value>(right + v * kLanes, width);
+          show(right + v * kLanes, row_bytes, count, kLanes);
+          load_tile<r.value>(right + v * kLanes, row_bytes);
         }
         multiply_tiles<m.value * COLUMNS + v, l.value, r.value>();
       });
     });
-    left += count, right += count * width;
+    left.at += count * sizeof(float), right += count * width;
   };
   each_sum([&](auto sum, float* at) {
-    show(at, out_stride, kSide, kLanes);
-    first ? zero_tile<sum.value>() : load_tile<sum.value>(at, out_stride);
+    show(at, out_bytes, kSide, kLanes);
+    first ? zero_tile<sum.value>() : load_tile<sum.value>(at, out_bytes);
   });
   for (; units >= kSide; units -= kSide) step(Index<kLeft>(), Index<kRight>(), kSide);
   if (units) step(Index<kLastLeft>(), Index<kLastRight>(), units);
-  each_sum([&](auto sum, float* at) { store_tile<sum.value>(at, out_stride); });
+  each_sum([&](auto sum, float* at) { store_tile<sum.value>(at, out_bytes); });
 }
 
 // Every 16 units are summed by themselves, in ascending order, and added to those before: all parts of a depth but the last
 // are of whole tiles, so its cuts change no bit.
 template <>
-inline void product<bf16>(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t columns,
-                          int64_t units, bool first, float* out, int64_t out_stride) {
+inline void product<bf16>(Left left, int64_t rows, const float* right, int64_t columns, int64_t units, bool first,
+                          float* out, int64_t out_stride) {
   const int64_t last = units % kSide;
   if (!last_units || (last && last != last_units)) configure(last ? last : kSide);
   for (int64_t at = 0; at < columns; at += kPanel, right += units * kPanel, out += kPanel) {
@@ -122,7 +123,7 @@ inline void product<bf16>(const float* left, int64_t left_stride, int64_t rows, 
       const bool two = vectors < 3 && rows - m > kSide;  // a lone sum waits for itself
       const auto run = two ? (vectors == 1 ? tiles<2, 1> : tiles<2, 2>)
                            : vectors == 1 ? tiles<1, 1> : vectors == 2 ? tiles<1, 2> : tiles<1, 3>;
-      run(left + m * left_stride, left_stride, right, units, first, out + m * out_stride, out_stride);
+      run(left.from(m), right, units, first, out + m * out_stride, out_stride);
       m += two ? 2 * kSide : kSide;
     }
   }

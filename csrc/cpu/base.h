@@ -69,22 +69,32 @@ inline void turn(const Base& p, const float* sums, int64_t width, int64_t rows, 
 template <class T>
 inline void base_columns(const Base& p, Share columns) {
   alignas(64) float sums[(kBaseColumns + kTurned) * kPanel];
-  const int64_t units = units_of<T>(p.k), stride = p.stride_w / kPerUnit<T>;
+  alignas(64) float last[kBaseColumns * kRoom];
+  const int64_t units = units_of<T>(p.k);
+  // The second half of a last unit is the next row's, or past the end of W: what is left after whole tiles is packed.
+  const int64_t in_place = p.k % kPerUnit<T> ? p.k / kPerUnit<T> / kRoom * kRoom : units;
   const T* bias = static_cast<const T*>(p.bias);
-  each_block(columns, kBaseColumns, [&](int64_t column, int64_t count) {
+  for (int64_t column = columns.begin, count; column < columns.end; column += count) {
+    count = smaller(kBaseColumns, columns.end - column);
     // Rows of W are multiplied by 16; those too many are of the next columns, or at the end of W of the columns before.
+    if (with_room(count) > p.columns) count = p.columns / kRoom * kRoom;
     const int64_t whole = with_room(count), first = smaller(column, p.columns - whole);
-    const float* w = static_cast<const float*>(p.w) + first * stride;
+    const T* w = static_cast<const T*>(p.w) + first * p.stride_w;
+    const T* w_last = w + in_place * kPerUnit<T>;
+    if (in_place < units) pack_left(w_last, p.stride_w, whole, p.k - in_place * kPerUnit<T>, last, kRoom);
     each_block({0, p.rows}, kPanel, [&](int64_t row, int64_t rows) {
       const int64_t width = whole_vectors(rows);
       const float* x = p.packed_x + row * units;
-      each_block({0, units}, kBaseDepth, [&](int64_t u, int64_t depth) {
-        product<T>(w + u, stride, whole, x + u * width, rows, depth, u == 0, sums, width);
+      each_block({0, in_place}, kBaseDepth, [&](int64_t u, int64_t depth) {
+        product<T>({w + u * kPerUnit<T>, p.stride_w}, whole, x + u * width, rows, depth, u == 0, sums, width);
       });
+      if (in_place < units) {
+        product<T>({last, kRoom}, whole, x + in_place * width, rows, units - in_place, in_place == 0, sums, width);
+      }
       T* y = static_cast<T*>(p.y) + row * p.stride_y + column;
       turn(p, sums + (column - first) * width, width, rows, count, bias ? bias + column : nullptr, y);
     });
-  });
+  }
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ inline void project(const LoraLinear& p, bool drop, const T* from, int64_t strid
       }
       pack_left(source, 0, 1, count, left + m * (kDepth + kStagger), 0);
     }
-    product<T>(left, kDepth + kStagger, rows, right, p.r, units, at == 0, sums, width);
+    product<T>({left, kDepth + kStagger}, rows, right, p.r, units, at == 0, sums, width);
     right += units * width;
   }
   for (int64_t m = 0; m < rows; ++m) {
@@ -88,7 +88,7 @@ template <class T, class Visit>
 inline void expand(const float* left, int64_t units, int64_t rows, const float* right, int64_t columns, Visit visit) {
   alignas(64) float terms[kRoom * kSweep];
   each_block({0, rows}, kRoom, [&](int64_t row, int64_t count) {
-    product<T>(left + row * units, units, count, right, columns, units, true, terms, kSweep);
+    product<T>({left + row * units, units}, count, right, columns, units, true, terms, kSweep);
     for (int64_t m = 0; m < count; ++m) visit(row + m, terms + m * kSweep);
   });
 }
@@ -208,7 +208,7 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
       }
       pack_right(x, stride, rows, columns, packed);
       const float* g = s.g_columns + row / kPerUnit<T>;
-      product<T>(g, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
+      product<T>({g, s.stride}, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
     }
   });
   for (int64_t r = 0; p.da && r < p.r; ++r) {
@@ -231,7 +231,7 @@ inline void sweep_dy(const LoraLinear& p, const Backward<T>& s, int64_t column, 
     for (int64_t m = kRows; m < kRows + rows && row + m < p.m; ++m) prefetch(dy + m * p.stride_dy, columns * sizeof(T));
     pack_right(dy, p.stride_dy, rows, columns, packed);
     const float* h = s.h_columns + row / kPerUnit<T>;
-    product<T>(h, s.stride, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
+    product<T>({h, s.stride}, p.r, packed, columns, units_of<T>(rows), row == 0, sums, kSweep);
   });
   const auto transpose_to = [&](auto* db) {
     for (int64_t i = 0; i < columns; ++i)

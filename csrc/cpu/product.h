@@ -102,10 +102,26 @@ inline void pack_right_of_transposed(const T* from, int64_t stride, int64_t dept
   }
 }
 
+// The rows of a left operand, `stride` elements apart. They may begin at any element, in the middle of a unit too.
+struct Left {
+  const char* at;
+  int64_t bytes;  // from a row to the next
+
+  template <class Element>
+  Left(const Element* at, int64_t stride) : at(reinterpret_cast<const char*>(at)), bytes(stride * sizeof *at) {}
+  Left(const char* at, int64_t bytes) : at(at), bytes(bytes) {}
+  Left from(int64_t row) const { return {at + row * bytes, bytes}; }
+  float unit(int64_t row, int64_t u) const {
+    float value;
+    memcpy(&value, at + row * bytes + u * sizeof value, sizeof value);
+    return value;
+  }
+};
+
 // A tile, added to what is there unless it is the `first` part of the depth.
 template <int ROWS, int VECTORS, class T>
-__attribute__((noinline)) void product_tile(const float* left, int64_t left_stride, const float* right, int64_t units,
-                                            bool first, float* out, int64_t out_stride) {
+__attribute__((noinline)) void product_tile(Left left, const float* right, int64_t units, bool first, float* out,
+                                            int64_t out_stride) {
   using Operand = typename Dot<T>::Operand;
   Vec sums[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -119,7 +135,7 @@ __attribute__((noinline)) void product_tile(const float* left, int64_t left_stri
     for (int v = 0; v < VECTORS; ++v) columns[v] = (Operand)load(right + v * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) {
-      const Operand row = (Operand)broadcast(left[m * left_stride + u]);
+      const Operand row = (Operand)broadcast(left.unit(m, u));
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) sums[m][v] = Dot<T>::accumulate(row, columns[v], sums[m][v]);
     }
@@ -133,13 +149,13 @@ __attribute__((noinline)) void product_tile(const float* left, int64_t left_stri
 
 // Tiles of up to ROWS rows, which is a power of two; out's rows have room for whole vectors.
 template <int ROWS, int VECTORS, class T>
-inline void product_panel(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t units,
-                          bool first, float* out, int64_t out_stride) {
-  for (; rows >= ROWS; rows -= ROWS, left += ROWS * left_stride, out += ROWS * out_stride) {
-    product_tile<ROWS, VECTORS, T>(left, left_stride, right, units, first, out, out_stride);
+inline void product_panel(Left left, int64_t rows, const float* right, int64_t units, bool first, float* out,
+                          int64_t out_stride) {
+  for (; rows >= ROWS; rows -= ROWS, left = left.from(ROWS), out += ROWS * out_stride) {
+    product_tile<ROWS, VECTORS, T>(left, right, units, first, out, out_stride);
   }
   if constexpr (ROWS > 1) {
-    if (rows) product_panel<ROWS / 2, VECTORS, T>(left, left_stride, rows, right, units, first, out, out_stride);
+    if (rows) product_panel<ROWS / 2, VECTORS, T>(left, rows, right, units, first, out, out_stride);
   }
 }
 
@@ -148,10 +164,10 @@ template <class T>
 struct Multiplying {};
 
 template <class T>
-inline void product(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t columns,
-                    int64_t units, bool first, float* out, int64_t out_stride) {
+inline void product(Left left, int64_t rows, const float* right, int64_t columns, int64_t units, bool first, float* out,
+                    int64_t out_stride) {
   for (int64_t at = 0; at < columns; at += kPanel, right += units * kPanel, out += kPanel) {
-    const auto panel = [&](auto tile) { tile(left, left_stride, rows, right, units, first, out, out_stride); };
+    const auto panel = [&](auto tile) { tile(left, rows, right, units, first, out, out_stride); };
     switch (ceiling(smaller(kPanel, columns - at), kLanes)) {
       case 1: panel(product_panel<kTileRows, 1, T>); break;
       case 2: panel(product_panel<kTileRows, 2, T>); break;

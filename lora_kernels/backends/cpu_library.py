@@ -14,7 +14,7 @@ import torch
 from lora_kernels.configs import cpu as configs
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 5
+ABI = 6
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -117,17 +117,17 @@ def instruction_set() -> str:
 def multiplies_base(x, weight) -> bool:
     """Whether the base layer is one call with the adapters: for few rows, where that was measured to be faster."""
     first, last = configs.BASE_ROWS.get((instruction_set(), str(x.dtype)), (1, 0))
-    n, k = weight.shape
-    return first <= x.shape[0] <= last and n >= 64 and k % 2 == 0 and weight.stride(1) == 1 and _is_in_pairs(weight)
+    return first <= x.shape[0] <= last and weight.shape[0] >= 16 and weight.stride(1) == 1
 
 
 def in_pairs(x):
-    """x, or a copy, whose rows begin at whole pairs of elements."""
-    return x if _is_in_pairs(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-def _is_in_pairs(matrix):
-    return matrix.stride(0) % 2 == 0 and matrix.data_ptr() % (2 * matrix.itemsize) == 0
+    """x, or a copy, whose rows are whole pairs of elements: an odd last one has a zero beside it."""
+    m, k = x.shape
+    if x.dtype == torch.float32 or (k % 2 == x.stride(0) % 2 == 0 and x.data_ptr() % (2 * x.itemsize) == 0):
+        return x
+    padded = x.new_zeros(m, k + k % 2)
+    padded[:, :k] = x
+    return padded[:, :k]
 
 
 @functools.cache
