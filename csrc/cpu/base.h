@@ -1,7 +1,8 @@
-// y = x W' + bias of a few rows: W is read once, as it lies, and that is all it costs.
+// y = x W' + h B' + bias, W read as it lies; for a few rows that is all it costs.
 //
-// A row of W is a row of a packed left operand as it stands; x, packed, is the right one. So y' is multiplied, and turned
-// while it is in the cache. Every element is one sum in ascending order of k, whatever rows and threads there are.
+// A row of W, or of B, is a row of a left operand as it stands; x and h, packed, are the right ones. So y' is multiplied, and
+// turned while it is in the cache. Every element is one sum in ascending order of k and then of r, whatever rows and threads
+// there are, rounded once.
 #pragma once
 #include "isa.h"
 #include "product.h"
@@ -23,7 +24,9 @@ struct Base {
   void* y;
   float* packed_x;
   int64_t rows, k, columns, stride_x, stride_w, stride_y;
-  bool adds;  // to what y holds
+  const void* b;          // [columns, r]; r may be 0
+  const float* packed_h;  // as x is
+  int64_t r, stride_b;
 };
 
 // This thread's share of x as a right operand [k, rows].
@@ -50,48 +53,73 @@ inline void pack_x(const Base& p) {
 // y [rows, columns] from sums' [columns, rows], whose rows are `width` long; rounded once.
 template <class T>
 inline void turn(const Base& p, const float* sums, int64_t width, int64_t rows, int64_t columns, const T* bias, T* y) {
-  alignas(64) float turned[kTurned * kBaseColumns];
-  each_block({0, rows}, kTurned, [&](int64_t row, int64_t count) {
-    for (int64_t n = 0; n < columns; n += kTurned) {
-      transpose_tile(sums + n * width + row, width, turned + n, kBaseColumns);
-    }
+  alignas(64) float turned[kRoom * kBaseColumns];  // many rows: what has just been stored by parts is slow to load as one
+  each_block({0, rows}, kRoom, [&](int64_t row, int64_t count) {
+    for (int64_t m = 0; m < count; m += kTurned)
+      for (int64_t n = 0; n < columns; n += kTurned) {
+        transpose_tile(sums + n * width + row + m, width, turned + m * kBaseColumns + n, kBaseColumns);
+      }
     for (int64_t m = 0; m < count; ++m) {
       float* sum = turned + m * kBaseColumns;
-      T* to = y + (row + m) * p.stride_y;
       if (bias) add_row(sum, bias, columns);
-      if (p.adds) add_row(sum, to, columns);
-      copy_row(to, sum, columns);
+      copy_row(y + (row + m) * p.stride_y, sum, columns);
     }
   });
 }
+
+// Asks for the first `bytes` of a row that is to be read or written soon; the hardware foresees none that lies in another page.
+inline void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// Some columns of W, or of B, which are rows: a left operand as it lies, `stride` elements from one to the next.
+template <class T>
+class InPlace {
+ public:
+  InPlace(const void* matrix, int64_t stride, int64_t first, int64_t count, int64_t depth)
+      : from_(static_cast<const T*>(matrix) + first * stride), stride_(stride), count_(count), units_(units_of<T>(depth)),
+        in_place_(depth % kPerUnit<T> ? depth / kPerUnit<T> / kRoom * kRoom : units_) {
+    // The second half of an odd row's last unit is the next row's, or past the end: what is left of whole tiles is packed.
+    const int64_t at = in_place_ * kPerUnit<T>;
+    if (in_place_ < units_) pack_left(from_ + at, stride, count, depth - at, last_, kRoom);
+  }
+
+  // sums [count, columns] of the products with `right`, a panel; added to what is there unless they are the `first`.
+  void multiply(const float* right, int64_t columns, bool first, float* sums) const {
+    const int64_t width = whole_vectors(columns);
+    each_block({0, in_place_}, kBaseDepth, [&](int64_t u, int64_t units) {
+      const bool begins = first && u == 0;
+      product<T>({from_ + u * kPerUnit<T>, stride_}, count_, right + u * width, columns, units, begins, sums, width);
+    });
+    if (in_place_ < units_) {
+      const bool begins = first && in_place_ == 0;
+      product<T>({last_, kRoom}, count_, right + in_place_ * width, columns, units_ - in_place_, begins, sums, width);
+    }
+  }
+
+ private:
+  const T* const from_;
+  const int64_t stride_, count_, units_, in_place_;
+  alignas(64) float last_[kBaseColumns * kRoom];
+};
 
 // y's columns in a share.
 template <class T>
 inline void base_columns(const Base& p, Share columns) {
   alignas(64) float sums[(kBaseColumns + kTurned) * kPanel];
-  alignas(64) float last[kBaseColumns * kRoom];
-  const int64_t units = units_of<T>(p.k);
-  // The second half of a last unit is the next row's, or past the end of W: what is left after whole tiles is packed.
-  const int64_t in_place = p.k % kPerUnit<T> ? p.k / kPerUnit<T> / kRoom * kRoom : units;
   const T* bias = static_cast<const T*>(p.bias);
   for (int64_t column = columns.begin, count; column < columns.end; column += count) {
     count = smaller(kBaseColumns, columns.end - column);
     // Rows of W are multiplied by 16; those too many are of the next columns, or at the end of W of the columns before.
     if (with_room(count) > p.columns) count = p.columns / kRoom * kRoom;
     const int64_t whole = with_room(count), first = smaller(column, p.columns - whole);
-    const T* w = static_cast<const T*>(p.w) + first * p.stride_w;
-    const T* w_last = w + in_place * kPerUnit<T>;
-    if (in_place < units) pack_left(w_last, p.stride_w, whole, p.k - in_place * kPerUnit<T>, last, kRoom);
+    const InPlace<T> w(p.w, p.stride_w, first, whole, p.k), b(p.b, p.stride_b, first, whole, p.r);
     each_block({0, p.rows}, kPanel, [&](int64_t row, int64_t rows) {
-      const int64_t width = whole_vectors(rows);
-      const float* x = p.packed_x + row * units;
-      each_block({0, in_place}, kBaseDepth, [&](int64_t u, int64_t depth) {
-        product<T>({w + u * kPerUnit<T>, p.stride_w}, whole, x + u * width, rows, depth, u == 0, sums, width);
-      });
-      if (in_place < units) {
-        product<T>({last, kRoom}, whole, x + in_place * width, rows, units - in_place, in_place == 0, sums, width);
-      }
       T* y = static_cast<T*>(p.y) + row * p.stride_y + column;
+      for (int64_t m = 0; m < rows; ++m) prefetch(y + m * p.stride_y, count * sizeof(T));
+      w.multiply(p.packed_x + row * units_of<T>(p.k), rows, true, sums);
+      b.multiply(p.packed_h + row * units_of<T>(p.r), rows, false, sums);
+      const int64_t width = whole_vectors(rows);
       turn(p, sums + (column - first) * width, width, rows, count, bias ? bias + column : nullptr, y);
     });
   }

@@ -244,7 +244,7 @@ inline void expand(const LoraBatch& p, const Base& base, int64_t thread, int64_t
 
 template <class T>
 inline void batched_of(const LoraBatch& p) {
-  const Base base = {p.x, p.w, p.bias, p.y, p.packed_x, p.rows, p.k, p.columns, p.stride_x, p.stride_w, p.stride_y, false};
+  const Base base = {p.x, p.w, p.bias, p.y, p.packed_x, p.rows, p.k, p.columns, p.stride_x, p.stride_w, p.stride_y, {}, {}, 0, 0};
 #pragma omp parallel num_threads(p.threads)
   {
     [[maybe_unused]] const Multiplying<T> multiplying;

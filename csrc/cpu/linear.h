@@ -26,11 +26,6 @@ inline void scale(float* values, float by, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] *= by;
 }
 
-// Asks for the first `bytes` of a row that is to be read soon; the hardware foresees none that lies in another page.
-inline void prefetch(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
-}
-
 // to [rows, r] = by drop(from [rows, depth]) right, rounded once to T: h of x and A', g of dy and B.
 template <class T>
 inline void project(const LoraLinear& p, bool drop, const T* from, int64_t stride, int64_t row, int64_t rows,
@@ -93,12 +88,18 @@ inline void expand(const float* left, int64_t units, int64_t rows, const float* 
   });
 }
 
-// h of some rows, and h B' + bias.
+// h of some rows.
 template <class T>
-inline void forward_rows(const LoraLinear& p, int64_t row, int64_t rows, const float* a, const float* b) {
+inline void shrink_rows(const LoraLinear& p, int64_t row, int64_t rows, const float* a) {
+  const T* x = static_cast<const T*>(p.x);
+  project(p, drops(p), x, p.stride_x, row, rows, p.k, a, p.scaling * p.keep_scale, static_cast<T*>(p.h));
+}
+
+// h B' + bias of some rows.
+template <class T>
+inline void expand_rows(const LoraLinear& p, int64_t row, int64_t rows, const float* b) {
   alignas(64) float left[kRows * LORA_MAX_RANK];
-  T* h = static_cast<T*>(p.h);
-  project(p, drops(p), static_cast<const T*>(p.x), p.stride_x, row, rows, p.k, a, p.scaling * p.keep_scale, h);
+  const T* h = static_cast<const T*>(p.h);
   const int64_t units = units_of<T>(p.r);
   pack_left(h + row * p.r, p.r, rows, p.r, left, units);
   each_block({0, p.n}, kSweep, [&](int64_t column, int64_t columns) {
@@ -118,29 +119,42 @@ struct Scratch {
   operator float*() const { return at; }
 };
 
+// A thread's share of y, with W; h is there when all threads are.
+template <class T>
+inline void multiply_base(const LoraLinear& p, const Base& base, float* packed_h) {
+  pack_x<T>(base);
+#pragma omp barrier
+  pack_panels<T>(p, p.m, packed_h, [&](int64_t at, int64_t count, float* to) {
+    pack_right_of_transposed(static_cast<const T*>(p.h) + at * p.r, p.r, p.r, count, to);
+  });
+#pragma omp barrier
+  base_columns<T>(base, share(p.n, kBaseColumns));
+}
+
 template <class T>
 inline bool forward_of(const LoraLinear& p) {
-  const Scratch a(block_floats<T>(p, p.k)), b(panel_floats<T>(p, p.n));
-  const Scratch x(p.w ? units_of<T>(p.k) * whole_vectors(p.m) : 0);
-  if (!a || !b || (p.w && !x)) return false;
-  const Base base = {p.x, p.w, nullptr, p.y, x, p.m, p.k, p.n, p.stride_x, p.stride_w, p.n, true};
+  const Scratch a(block_floats<T>(p, p.k)), b(p.w ? 1 : panel_floats<T>(p, p.n));
+  const Scratch x(p.w ? units_of<T>(p.k) * whole_vectors(p.m) : 1), h(p.w ? panel_floats<T>(p, p.m) : 1);
+  if (!a || !b || !x || !h) return false;
+  const Base base = {p.x, p.w, p.bias, p.y, x, p.m, p.k, p.n, p.stride_x, p.stride_w, p.n, p.b, h, p.r, p.stride_b};
 #pragma omp parallel num_threads(p.threads)
   {
     [[maybe_unused]] const Multiplying<T> multiplying;
-    if constexpr (kHasBase<T>) {
-      if (p.w) pack_x<T>(base);
-    }
     pack_blocks<T>(p, p.k, a, [&](int64_t at, int64_t count, float* to) {
       pack_right_of_transposed(static_cast<const T*>(p.a) + at, p.stride_a, count, p.r, to);
     });
-    pack_panels<T>(p, p.n, b, [&](int64_t at, int64_t count, float* to) {
-      pack_right_of_transposed(static_cast<const T*>(p.b) + at * p.stride_b, p.stride_b, p.r, count, to);
+    if (!p.w) {
+      pack_panels<T>(p, p.n, b, [&](int64_t at, int64_t count, float* to) {
+        pack_right_of_transposed(static_cast<const T*>(p.b) + at * p.stride_b, p.stride_b, p.r, count, to);
+      });
+    }
+#pragma omp barrier
+    each_block(share(p.m, kRoom), kRows, [&](int64_t row, int64_t rows) {
+      shrink_rows<T>(p, row, rows, a);
+      if (!p.w) expand_rows<T>(p, row, rows, b);
     });
-#pragma omp barrier
-    each_block(share(p.m, kRoom), kRows, [&](int64_t row, int64_t rows) { forward_rows<T>(p, row, rows, a, b); });
     if constexpr (kHasBase<T>) {
-#pragma omp barrier
-      if (p.w) base_columns<T>(base, share(p.n, kBaseColumns));
+      if (p.w) multiply_base<T>(p, base, h);
     }
   }
   return true;

@@ -35,9 +35,11 @@ inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to
   using B = Bits<sizeof(T)>;
   constexpr int kSide = 16 / sizeof(T);
   typename B::Row rows[kSide], mixed[kSide];
+#pragma GCC unroll 8
   for (int i = 0; i < kSide; ++i) memcpy(&rows[i], from + i * from_stride, 16);
+#pragma GCC unroll 8
   for (int side = kSide; side > 1; side /= 2) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kSide / 2; ++i) {
       mixed[2 * i] = B::low(rows[i], rows[i + kSide / 2]);
       mixed[2 * i + 1] = B::high(rows[i], rows[i + kSide / 2]);
@@ -45,6 +47,7 @@ inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to
 #pragma GCC unroll 8
     for (int i = 0; i < kSide; ++i) rows[i] = mixed[i];
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kSide; ++i) memcpy(to + i * to_stride, &rows[i], 16);
 }
 
