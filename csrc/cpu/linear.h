@@ -189,6 +189,17 @@ inline void backward_rows(const LoraLinear& p, const Backward<T>& s, int64_t row
   if (p.da) pack_left_of_transposed(g, p.r, p.r, rows, s.g_columns + row / kPerUnit<T>, s.stride);
 }
 
+// to = by from, where it is kept.
+template <class T>
+inline void copy_kept(T* to, const float* from, float by, const uint16_t* keep, int64_t count) {
+  typedef int32_t Bits __attribute__((vector_size(sizeof(Vec))));
+  each_block({0, count}, kLanes, [&](int64_t i, int64_t here) {
+    const Bits mask = (Bits)load(reinterpret_cast<const bf16*>(keep + i)) >> 16;  // as a bf16 it is the upper half
+    const Vec values = (Vec)((Bits)(load(from + i) * broadcast(by)) & mask);
+    here == kLanes ? store(to + i, values) : store_part(to + i, values, here);
+  });
+}
+
 // Some columns of drop(g A) and of g' drop(x).
 template <class T>
 inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, int64_t columns) {
@@ -204,11 +215,8 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
     }
     if (p.dx) {
       expand<T>(s.g + row * units, units, rows, s.a + column * units, columns, [&](int64_t m, float* terms) {
-        if (drops(p)) {
-#pragma omp simd
-          for (int64_t i = 0; i < columns; ++i) terms[i] = kept(terms[i] * p.keep_scale, keep[m * kSweep + i]);
-        }
-        copy_row(static_cast<T*>(p.dx) + (row + m) * p.k + column, terms, columns);
+        T* to = static_cast<T*>(p.dx) + (row + m) * p.k + column;
+        drops(p) ? copy_kept(to, terms, p.keep_scale, keep + m * kSweep, columns) : copy_row(to, terms, columns);
       });
     }
     if (p.da) {
