@@ -1,4 +1,4 @@
-// One entry point an instruction set; each is compiled with flags of its own (setup.py).
+// One entry point an instruction set; each is compiled with flags of its own (csrc/compilers.py).
 #pragma once
 #include "../lora.h"
 #if defined(__x86_64__)

@@ -115,7 +115,7 @@ def instruction_set() -> str:
 
 
 def multiplies_base(x, weight) -> bool:
-    """Whether the base layer is one call with the adapters: for few rows, where that was measured to be faster."""
+    """Whether the base layer is one call with the adapters: where that was measured to be faster."""
     first, last = configs.BASE_ROWS.get((instruction_set(), str(x.dtype)), (1, 0))
     return first <= x.shape[0] <= last and weight.shape[0] >= 16 and weight.stride(1) == 1
 
