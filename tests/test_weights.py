@@ -49,6 +49,15 @@ def test_the_kernel_makes_the_dense_values_to_the_bit(variant, n, k):
 
 
 @needs_kernels
+@pytest.mark.parametrize(("n", "k"), [(37, 96), (300, 288)])
+def test_fp8_blocks_in_tiles_of_128_rows(monkeypatch, n, k):
+    """Such tiles read four rows' scales at once."""
+    weight = quantized(("fp8", {"scaling": "block"}), n, k)
+    monkeypatch.setattr(dequantized.triton, "_lookup", lambda *_, **__: configs.Config(128, block_k=64))
+    assert torch.equal(made_dense(weight, torch.float32), weight.dequantize(torch.float32))
+
+
+@needs_kernels
 def test_fp8_is_converted_where_there_are_instructions_and_looked_up_where_not(monkeypatch):
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn).repeat(2).view(2, 256)
     weight = formats.FP8Weight(codes, torch.tensor([[0.5], [3.0]], device=DEVICE), (1, 256))
