@@ -44,7 +44,7 @@ def spread(groups, COUNT: tl.constexpr):
 
 @triton.jit
 def look_up(table, SIZE: tl.constexpr, index):
-    """`table[index]` out of shared memory. The MMA's layout follows the loads it sees, narrow ones too, and sees none past it."""
+    """`table[index]` out of shared memory. The MMA's layout follows the narrowest load that it sees, none of them past this."""
     values = tl.gather(tl.load(table + tl.arange(0, SIZE)), tl.reshape(index.to(tl.int32), (index.numel,)), 0)
     return tl.reshape(values, index.shape)
 
@@ -72,7 +72,8 @@ def fp8(w, n, k, N, K, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAY
     if LAYOUT[1] == 0:
         return (values * tl.load(w[1] + rows // LAYOUT[0] * w[4])[:, None]).T
     elif LAYOUT[1] % BLOCK_K == 0 and BLOCK_N % 128 == 0:
-        offs = tl.trans(tl.reshape(rows // LAYOUT[0] * w[4], (4, BLOCK_N // 4)))  # a thread's rows: one load of 16 bytes
+        # a thread's four rows side by side: their scales are one load of 16 bytes
+        offs = tl.trans(tl.reshape(rows // LAYOUT[0] * w[4], (4, BLOCK_N // 4)))
         scale = tl.load(w[1] + offs + k.to(tl.uint32) // LAYOUT[1] * w[5])
         return (values * tl.reshape(tl.trans(scale), (BLOCK_N,))[:, None]).T
     else:
