@@ -49,6 +49,15 @@ def test_the_kernel_makes_the_dense_values_to_the_bit(variant, n, k):
 
 
 @needs_kernels
+@pytest.mark.parametrize(("n", "k"), [(37, 96), (300, 288)])
+def test_fp8_blocks_in_tiles_of_128_rows(monkeypatch, n, k):
+    """Such tiles read four rows' scales at once."""
+    weight = quantized(("fp8", {"scaling": "block"}), n, k)
+    monkeypatch.setattr(dequantized.triton, "_lookup", lambda *_, **__: configs.Config(128, block_k=64))
+    assert torch.equal(made_dense(weight, torch.float32), weight.dequantize(torch.float32))
+
+
+@needs_kernels
 def test_fp8_is_converted_where_there_are_instructions_and_looked_up_where_not(monkeypatch):
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn).repeat(2).view(2, 256)
     weight = formats.FP8Weight(codes, torch.tensor([[0.5], [3.0]], device=DEVICE), (1, 256))
@@ -155,15 +164,13 @@ MUTANTS = [
     Mutant("int8: another row's scale", "tl.load(w[1] + rows)[:, None]", "tl.load(w[1] + (rows ^ 1))[:, None]", INT8),
     Mutant("the last block of K missed", "mask=(offs < end)", "mask=(offs < end // 64 * 64)", INT8),
     Mutant("rows taken for columns of codes", "rows[:, None] * stride + offs", "rows[:, None] + offs", INT8),
-    Mutant("nf4: nibbles swapped", "tl.join(high, low)", "tl.join(low, high)", NF4),
-    Mutant("nf4: scale dropped", "tl.reshape(low, (BLOCK_N, PAIRS)) * scale", "tl.reshape(low, (BLOCK_N, PAIRS))", NF4),
+    Mutant("nf4: nibbles swapped", "tl.join(q >> 4, q & 15)", "tl.join(q & 15, q >> 4)", NF4),
+    Mutant("nf4: scale dropped", "values * spread(absmax, CHUNK)", "values", NF4),
     Mutant("nf4: the last block's scale missed", "live = (chunk < K)", "live = (chunk < K - CHUNK)", NF4),
-    Mutant("nf4: blocks begin with each row", "rows[:, None] * K + chunk", "rows[:, None] // 3 * 3 * K + chunk", NF4),
+    Mutant("nf4: blocks begin with each row", "first = rows * K", "first = rows // 3 * 3 * K", NF4),
     Mutant("nf4: offset dropped", " + tl.load(w[5])", "", NESTED),
     Mutant("nf4: one group for all", "tl.load(w[3] + block // 256", "tl.load(w[3] + block * 0", NESTED),
-    Mutant(
-        "nf4: absmax not looked up", "coded = tl.load(w[4] + absmax.to(tl.int32))", "coded = absmax / 255.0", NESTED
-    ),
+    Mutant("nf4: absmax not looked up", "coded = look_up(w[4], 256, absmax)", "coded = absmax / 255.0", NESTED),
     Mutant("int4: nibbles swapped", "tl.join(low, high)", "tl.join(high, low)", INT4),
     Mutant("int4: zero points ignored", "(q >> 4).to(tl.float32) - zero", "(q >> 4).to(tl.float32)", INT4),
     Mutant("the first group for all", "(chunk // GROUP)[None, :]", "(chunk // GROUP * 0)[None, :]", INT4),

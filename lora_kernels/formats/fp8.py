@@ -30,7 +30,7 @@ class FP8Weight(QuantizedWeight):
 
     name = "fp8"
     VARIANTS = ({"scaling": "tensor"}, {"scaling": "row"}, {"scaling": "block"})
-    INSTRUCTIONS = 5.5
+    INSTRUCTIONS = 5
     LAYOUT = 2
 
     def __init__(self, data, scale, block, dtype=torch.bfloat16):

@@ -54,7 +54,7 @@ class NF4Weight(QuantizedWeight):
 
     name = "nf4"
     VARIANTS = ({}, {"blocksize": 256}, {"double_quant": True})
-    INSTRUCTIONS = 9.25
+    INSTRUCTIONS = 9
     PARTS = (2, 5)
     LAYOUT = 1
 

@@ -43,6 +43,13 @@ def spread(groups, COUNT: tl.constexpr):
 
 
 @triton.jit
+def look_up(table, SIZE: tl.constexpr, index):
+    """`table[index]` out of shared memory. The MMA's layout follows the narrowest load that it sees, none of them past this."""
+    values = tl.gather(tl.load(table + tl.arange(0, SIZE)), tl.reshape(index.to(tl.int32), (index.numel,)), 0)
+    return tl.reshape(values, index.shape)
+
+
+@triton.jit
 def int8(w, n, k, N, K, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr):
     """`w` is (data, scale, data's stride)."""
     rows = rows_of(n, N, BLOCK_N)
@@ -61,10 +68,14 @@ def fp8(w, n, k, N, K, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAY
     if w[2] is None:
         values = q.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        values = tl.gather(tl.load(w[2] + tl.arange(0, 256)), tl.reshape(q.to(tl.int32), (BLOCK_N * BLOCK_K,)), 0)
-        values = tl.reshape(values, (BLOCK_N, BLOCK_K))
+        values = look_up(w[2], 256, q)
     if LAYOUT[1] == 0:
         return (values * tl.load(w[1] + rows // LAYOUT[0] * w[4])[:, None]).T
+    elif LAYOUT[1] % BLOCK_K == 0 and BLOCK_N % 128 == 0:
+        # a thread's four rows side by side: their scales are one load of 16 bytes
+        offs = tl.trans(tl.reshape(rows // LAYOUT[0] * w[4], (4, BLOCK_N // 4)))
+        scale = tl.load(w[1] + offs + k.to(tl.uint32) // LAYOUT[1] * w[5])
+        return (values * tl.reshape(tl.trans(scale), (BLOCK_N,))[:, None]).T
     else:
         CHUNK: tl.constexpr = LAYOUT[1] & -LAYOUT[1] if (LAYOUT[1] & -LAYOUT[1]) < BLOCK_K else BLOCK_K
         scale = load_groups(w[1], rows // LAYOUT[0], w[4], w[5], k, K, LAYOUT[1], CHUNK, BLOCK_K)
@@ -80,18 +91,16 @@ def nf4(w, n, k, N, K, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAY
     q = load_codes(w[0], rows, K // 2, k // 2, K // 2, PAIRS).to(tl.int32)
     chunk = k + tl.arange(0, BLOCK_K // CHUNK) * CHUNK
     live = (chunk < K)[None, :]
-    block = ((rows[:, None] * K + chunk[None, :]) // LAYOUT[0]).to(tl.int32)
+    first = rows * K
+    within = (first % LAYOUT[0]).to(tl.uint32)[:, None] + chunk.to(tl.uint32)[None, :]
+    block = (first // LAYOUT[0]).to(tl.uint32)[:, None] + within // LAYOUT[0]
     absmax = tl.load(w[1] + block, mask=live, other=0)
     if w[3] is not None:
-        coded = tl.load(w[4] + absmax.to(tl.int32))
+        coded = look_up(w[4], 256, absmax)
         group = tl.load(w[3] + block // 256, mask=live, other=0.0)
         absmax = tl.fma(coded, group, tl.zeros_like(coded)) + tl.load(w[5])  # rounded twice, as it is in PyTorch
-    scale = spread(absmax, CHUNK // 2)
-    table = tl.load(w[2] + tl.arange(0, 16))
-    high = tl.gather(table, tl.reshape(q >> 4, (BLOCK_N * PAIRS,)), 0)  # in shared memory: no lane waits for another's
-    low = tl.gather(table, tl.reshape(q & 15, (BLOCK_N * PAIRS,)), 0)
-    high, low = tl.reshape(high, (BLOCK_N, PAIRS)) * scale, tl.reshape(low, (BLOCK_N, PAIRS)) * scale
-    return tl.reshape(tl.join(high, low), (BLOCK_N, BLOCK_K)).T
+    values = look_up(w[2], 16, tl.reshape(tl.join(q >> 4, q & 15), (BLOCK_N, BLOCK_K)))
+    return (values * spread(absmax, CHUNK)).T
 
 
 @triton.jit
