@@ -51,5 +51,6 @@ libraries = LIBRARIES[MODE] if MODE != "auto" or (sys.platform == "linux" and Pa
 if libraries:
     sys.path.insert(0, "csrc")
     import compilers
-extensions = [Extension(f"lora_kernels.{name}", [], optional=MODE == "auto") for name in libraries]  # MANIFEST.in has csrc
+# Their sources are compilers.py's, and MANIFEST.in takes all of csrc into a source distribution.
+extensions = [Extension(f"lora_kernels.{name}", [], optional=MODE == "auto") for name in libraries]
 setup(ext_modules=extensions, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
