@@ -12,7 +12,7 @@ from benchmarks import compare, providers, runner
 from benchmarks.report import local_device, path_of, refuse_interpreter, show
 
 COLUMNS = ("provider", "ms", "quartiles", "× base", "% of roofline", "TFLOP/s", "GB/s", "launches", "peak MiB")
-MEMORY = ("provider", "saved MiB", "peak MiB", "launches")
+MEMORY = ("provider", "saved MiB", "peak MiB", "scratch MiB", "launches")
 SUITES = ("train", "decode", "prefill", "merge", "host", "memory", "layer", "qlora", "cpu")
 ON_REQUEST = ("pool", "cpu_roofline")
 
@@ -93,8 +93,8 @@ def memory_table(rows: list[dict]) -> list[list[str]]:
         if head != (head := row["problem"]):
             lines += [[], [f"[bold]{head}[/bold]"]]
         if "peak_mib" in row:
-            figures = f"{row['saved_mib']:.2f}", f"{row['peak_mib']:.2f}", str(row["launches"] or "-")
-            lines.append([f"  {row['provider']}", *figures])
+            figures = [f"{row[name]:.2f}" for name in ("saved_mib", "peak_mib", "scratch_mib")]
+            lines.append([f"  {row['provider']}", *figures, str(row["launches"] or "-")])
     return lines
 
 

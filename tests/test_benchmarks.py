@@ -25,7 +25,7 @@ TOYS = {
     "prefill": (prefill.Prefill(16, 64, 128, 4, (8,)),),
     "merge": (merge.Merge(1, 64, 128, 8),),
     "host": tuple(replace(problem, sets=1) for problem in host.problems("float32")),
-    "memory": (memory.Saving(32, 64, 128, 8),),
+    "memory": (memory.Saving(32, 64, 128, 8), memory.QuantizedSaving(32, 64, 128, 8)),
     "layer": (layer.Block(32, 192, 128, 128, 8),),
     "qlora": tuple(
         kind
@@ -82,6 +82,10 @@ def test_every_suite_runs(name, uncompiled):
     assert {"ours", "base only"} <= {row["provider"].split(":")[0] for row in figures}
     if name == "memory":
         assert all(row["saved_mib"] > 0 for row in figures if row["provider"] != BASE)
+        scratch = {
+            ("nf4" in row["problem"], row["scratch_mib"]) for row in figures if row["provider"].startswith("ours")
+        }
+        assert scratch == {(False, 0.0), (True, round(64 * 128 * 2 / 2**20, 3))}
         return
     assert all(len(row["samples_us"]) == 3 and row["launches"] is None and row["peak_mib"] >= 0 for row in figures)
     assert {row["ratio_to_base"] for row in figures if row["provider"] == BASE} == {1.0}
