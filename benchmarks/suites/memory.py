@@ -19,8 +19,6 @@ class Saving(Linear):
 class QuantizedSaving(QuantizedLinear):
     passes = (BOTH,)
 
-    __str__ = QuantizedLinear.__str__
-
 
 @dataclass(frozen=True)
 class Memory(Suite):

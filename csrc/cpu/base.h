@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kBaseColumns = 64;  // of y, that are multiplied at once: four tiles of AMX
 constexpr int64_t kBaseDepth = 1024;  // units: what x has of them stays in L2
-constexpr int kTurned = 4;            // rows of y that are turned at once
+constexpr int kTurned = 4;            // rows and columns that are turned at once
 
 // Whether an element, or a pair of them where the processor adds up pairs, is a unit.
 template <class T>
