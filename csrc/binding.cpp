@@ -1,7 +1,6 @@
 // The C functions that Python calls, and the choice of an instruction set at run time.
-#include <stdlib.h>
-
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace {
 
@@ -47,13 +46,10 @@ EXPORT int32_t lora_batched(const LoraBatch* call, const void* x, int64_t stride
   const int64_t ranks = last.first_rank + last.max_rank;
   batch.x = x, batch.stride_x = stride_x, batch.y = y, batch.threads = threads;
   batch.w = w, batch.stride_w = stride_w, batch.bias = bias;
-  batch.h = static_cast<float*>(malloc(ranks * batch.rows * batch.adapters_per_row * sizeof(float)));
-  batch.packed_x = w ? static_cast<float*>(aligned_alloc(64, (batch.rows + 15) / 16 * 64 * batch.k)) : nullptr;
-  const bool allocated = batch.h && (batch.packed_x || !w);
-  if (allocated) kIsas[isa].batched(batch);
-  free(batch.h);
-  free(batch.packed_x);
-  return allocated;
+  const Scratch packed_x(w ? (batch.rows + 15) / 16 * 16 * batch.k : 0), h(ranks * batch.rows * batch.adapters_per_row);
+  batch.packed_x = packed_x, batch.h = h;
+  if (packed_x && h) kIsas[isa].batched(batch);
+  return packed_x && h;
 }
 
 // y and h, or the gradients, of `linear`; false where there is no memory for packed operands.

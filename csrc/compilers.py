@@ -15,7 +15,7 @@ CXX_FLAGS = shlex.split("-std=c++17 -O2 -fPIC -fopenmp -ffp-contract=off -fvisib
 CXX_FLAGS += ["-fno-tree-loop-distribute-patterns"]  # a call of memcpy takes longer than most copies here
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-CPU_SOURCES = {"csrc/binding.cpp": [], "csrc/cpu/generic.cpp": []}
+CPU_SOURCES = {"csrc/binding.cpp": [], "csrc/cpu/scratch.cpp": [], "csrc/cpu/generic.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_SOURCES |= {"csrc/cpu/avx2.cpp": AVX2, "csrc/cpu/avx512.cpp": AVX512}
     CPU_SOURCES |= {f"csrc/cpu/{name}.cpp": [*AVX512, "-mavx512bf16"] for name in ("avx512_bf16", "amx")}

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define LORA_ABI 6  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_ABI 7  // raise it with any change below, so that Python refuses a library built from other sources
 #define LORA_MAX_RANK 512
 
 enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
@@ -77,15 +77,15 @@ struct LoraLinear {
   const void* b;     // [n, r]
   const void* bias;  // [n], or null
   void* h;           // [m, r]: scaling drop(x) A'; written by forward, read by backward
-  const void* w;     // [n, k] as in LoraBatch, or null
+  const void* w;     // [n, k] as in LoraBatch, or null; for backward any n and k
   void* y;           // [m, n]: forward writes bias + h B', and with w adds x W'
   const void* dy;    // [m, n]
-  void* dx;          // [m, k]: backward writes drop(g A), g = scaling dy B; null where it is not needed, as da and db
+  void* dx;          // [m, k]: backward writes drop(g A), g = scaling dy B, and with w adds dy W; null if not needed, as da, db
   void* da;          // [r, k]: g' drop(x)
   void* db;          // [n, r]: dy' h
   int64_t m, n, k, r, stride_x, stride_w, stride_a, stride_b, stride_dy;
-  int64_t seed;
-  int32_t keep_threshold;  // of the 65,536 values of a lane, or -1 without dropout
+  const int64_t* seed;     // null without dropout
+  int32_t keep_threshold;  // of the 65,536 values of a lane
   float keep_scale, scaling;
   int32_t dtype, gradient_dtype, threads;  // the latter: of da and db
 };

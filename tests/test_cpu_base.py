@@ -107,9 +107,10 @@ def test_one_adapter(dtype, ours, case):
     case = replace(case, dtype=dtype)
     testing.check(case, *CHOICE)
     tensors = testing.make_tensors(case)
-    y = testing.run(case, tensors, *CHOICE)["y"]
+    expected = testing.run(case, tensors, *CHOICE)
     for threads in (2, 3, 16):
-        assert torch.equal(on_threads(threads, testing.run, case, tensors, *CHOICE)["y"], y)
+        for name, result in on_threads(threads, testing.run, case, tensors, *CHOICE).items():
+            assert torch.equal(result, expected[name]), name
     assert ours and all(ours)
 
 

@@ -7,7 +7,7 @@ constexpr int kCounters = kLanes / 2;  // of a vector of 64-bit words
 // element stays.
 inline void keep_row(const LoraLinear& p, int64_t row, int64_t column, int64_t columns, uint16_t* keep) {
   const int64_t counters = ceiling(columns, 8), first = column / 8;
-  const uint32_t key0 = p.seed, key1 = uint64_t(p.seed) >> 32;
+  const uint32_t key0 = *p.seed, key1 = uint64_t(*p.seed) >> 32;
   Wide next;  // in the order in which evens() and odds() make one row of them
   for (int i = 0; i < kCounters; ++i) next[i] = first + i / 2 + i % 2 * (kCounters / 2);
   for (int64_t i = 0; i < counters; i += kCounters, next += kCounters) {

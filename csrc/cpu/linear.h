@@ -2,24 +2,25 @@
 //
 // Threads share out rows, then columns; each element is one sum in ascending order of its depth. So its bits depend
 // neither on their number nor on how the work is cut.
-#include <stdlib.h>
 #include "base.h"
 #include "dropout.h"
+#include "scratch.h"
 
 namespace {
 
 constexpr int64_t kRows = 32;              // of a block that a thread works on
 constexpr int64_t kDepth = 256;            // units of a block's rows that are packed at once
 constexpr int64_t kSweep = 4 * kPanel;     // columns that are swept from the first row to the last
+constexpr int64_t kColumns = 16;           // whose multiples threads share out: vectors of all sets, and counters of the mask
 constexpr int64_t kStagger = 16;           // floats: rows a power of two apart would compete for the same places in L1
 
 template <class T>
 constexpr int64_t kElements = kDepth * kPerUnit<T>;
 
-static_assert(kDepth % (8 * kCounters) == 0 && kSweep % (8 * kCounters) == 0 && kPanel % 8 == 0,
+static_assert(kDepth % (8 * kCounters) == 0 && kSweep % (8 * kCounters) == 0 && kPanel % 8 == 0 && kColumns % 8 == 0,
               "the mask is drawn in whole vectors, from any panel");
 
-inline bool drops(const LoraLinear& p) { return p.keep_threshold >= 0; }
+inline bool drops(const LoraLinear& p) { return p.seed; }
 
 inline void scale(float* values, float by, int64_t count) {
 #pragma omp simd
@@ -110,15 +111,6 @@ inline void expand_rows(const LoraLinear& p, int64_t row, int64_t rows, const fl
   });
 }
 
-// Memory for the call; null where there is none.
-struct Scratch {
-  float* const at;
-  explicit Scratch(int64_t floats) : at(static_cast<float*>(aligned_alloc(64, ceiling(floats, 16) * 64))) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { free(at); }
-  operator float*() const { return at; }
-};
-
 // A thread's share of y, with W; h is there when all threads are.
 template <class T>
 inline void multiply_base(const LoraLinear& p, const Base& base, float* packed_h) {
@@ -128,14 +120,14 @@ inline void multiply_base(const LoraLinear& p, const Base& base, float* packed_h
     pack_right_of_transposed(static_cast<const T*>(p.h) + at * p.r, p.r, p.r, count, to);
   });
 #pragma omp barrier
-  base_columns<T>(base, share(p.n, kBaseColumns));
+  base_columns<T>(base, share(p.n, kBaseRows));
 }
 
 template <class T>
 inline bool forward_of(const LoraLinear& p) {
-  const Scratch a(block_floats<T>(p, p.k)), b(p.w ? 1 : panel_floats<T>(p, p.n));
-  const Scratch x(p.w ? units_of<T>(p.k) * whole_vectors(p.m) : 1), h(p.w ? panel_floats<T>(p, p.m) : 1);
-  if (!a || !b || !x || !h) return false;
+  const Scratch x(p.w ? units_of<T>(p.k) * whole_vectors(p.m) : 0), a(block_floats<T>(p, p.k));
+  const Scratch b(p.w ? 0 : panel_floats<T>(p, p.n)), h(p.w ? panel_floats<T>(p, p.m) : 0);
+  if (!x || !a || !b || !h) return false;
   const Base base = {p.x, p.w, p.bias, p.y, x, p.m, p.k, p.n, p.stride_x, p.stride_w, p.n, p.b, h, p.r, p.stride_b};
 #pragma omp parallel num_threads(p.threads)
   {
@@ -160,19 +152,27 @@ inline bool forward_of(const LoraLinear& p) {
   return true;
 }
 
-// Packed operands of the backward pass, shared by all threads.
+// Packed operands of the backward pass, shared by all threads, and what each has of its own.
 template <class T>
 struct Backward {
-  const int64_t stride;
+  const int64_t stride, whole_rows, sums_floats, w_floats;
+  const Scratch sums;                  // with w: [m, kSweep] of dx
+  const Scratch w;                     // right: [n, kPanel], twice
+  const Scratch last_dy;               // left: the rows after whole_rows, for which AMX needs room
   const Scratch a, b;                  // right: [r, k], [n, r]
   const Scratch g;                     // left: [m, r]
   const Scratch g_columns, h_columns;  // left: [r, m], rows `stride` apart
 
   explicit Backward(const LoraLinear& p)
-      : stride(ceiling(units_of<T>(p.m), kStagger) * kStagger + kStagger),
+      : stride(ceiling(units_of<T>(p.m), kStagger) * kStagger + kStagger), whole_rows(p.m / kRoom * kRoom),
+        sums_floats(p.w ? with_room(p.m) * kSweep : 0), w_floats(p.w ? 2 * units_of<T>(p.n) * kPanel : 0),
+        sums(p.threads * sums_floats), w(p.threads * w_floats),
+        last_dy(p.w ? kRoom * units_of<T>(p.n) : 0),
         a(panel_floats<T>(p, p.k)), b(block_floats<T>(p, p.n)), g(with_room(p.m) * units_of<T>(p.r)),
         g_columns(with_room(p.r) * stride), h_columns(with_room(p.r) * stride) {}
-  bool allocated() const { return a && b && g && g_columns && h_columns; }
+  float* sums_of_thread() const { return sums + omp_get_thread_num() * sums_floats; }
+  float* w_of_thread() const { return w + omp_get_thread_num() * w_floats; }
+  bool allocated() const { return sums && w && last_dy && a && b && g && g_columns && h_columns; }
 };
 
 template <class T>
@@ -207,6 +207,7 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
   alignas(64) T kept_x[kRows * kSweep];
   alignas(64) float packed[kRows * kSweep], sums[LORA_MAX_RANK * kSweep];
   const int64_t units = units_of<T>(p.r);
+  float* const sums_of_dx = s.sums_of_thread();
   each_block({0, p.m}, kRows, [&](int64_t row, int64_t rows) {
     const T* x = static_cast<const T*>(p.x) + row * p.stride_x + column;
     for (int64_t m = 0; m < rows; ++m) {
@@ -215,8 +216,10 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
     }
     if (p.dx) {
       expand<T>(s.g + row * units, units, rows, s.a + column * units, columns, [&](int64_t m, float* terms) {
-        T* to = static_cast<T*>(p.dx) + (row + m) * p.k + column;
-        drops(p) ? copy_kept(to, terms, p.keep_scale, keep + m * kSweep, columns) : copy_row(to, terms, columns);
+        const auto write = [&](auto* to) {
+          drops(p) ? copy_kept(to, terms, p.keep_scale, keep + m * kSweep, columns) : copy_row(to, terms, columns);
+        };
+        p.w ? write(sums_of_dx + (row + m) * kSweep) : write(static_cast<T*>(p.dx) + (row + m) * p.k + column);
       });
     }
     if (p.da) {
@@ -242,6 +245,81 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
       copy_row(static_cast<T*>(p.da) + to, sums + r * kSweep, columns);
     }
   }
+}
+
+// A thread's columns of W as right operands, one panel after another. The next is packed a piece at a time while this one is
+// multiplied, and asked for before that: W comes from memory.
+template <class T>
+class Panels {
+ public:
+  Panels(const LoraLinear& p, Share columns, float* room)
+      : p_(p), columns_(columns), piece_(ceiling(units_of<T>(p.n), ceiling(p.m, kBaseRows)) * kPerUnit<T>), packed_(room),
+        packed_next_(room + units_of<T>(p.n) * kPanel), next_(panel(columns.begin)) {
+    for (int64_t m = 0; m < p.m; m += kBaseRows) pack(m);
+    turn();
+  }
+
+  Share columns() const { return now_; }
+  const float* packed() const { return packed_; }
+
+  // The piece of the next panel that belongs to the rows of dy from m on.
+  void pack(int64_t m) {
+    const Share rows = piece(m);
+    const int64_t columns = next_.end - next_.begin;
+    float* to = packed_next_ + rows.begin / kPerUnit<T> * whole_vectors(columns);
+    pack_right(from(rows), p_.stride_w, rows.end - rows.begin, columns, to);
+  }
+  Ahead ahead(int64_t m) const {
+    const Share rows = piece(m);
+    const int64_t bytes = sizeof(T);
+    return {from(rows), (next_.end - next_.begin) * bytes, p_.stride_w * bytes, rows.end - rows.begin};
+  }
+
+  // On to the next panel.
+  void turn() {
+    float* const free = packed_;
+    packed_ = packed_next_, packed_next_ = free;
+    now_ = next_, next_ = panel(now_.end);
+  }
+
+ private:
+  // All of a sweep are alike: a narrow one takes longer a column.
+  Share panel(int64_t column) const {
+    const int64_t sweep = columns_.begin + (column - columns_.begin) / kSweep * kSweep;
+    const int64_t end = smaller(sweep + kSweep, columns_.end), panels = larger(ceiling(end - sweep, kPanel), 1);
+    return {column, smaller(column + ceiling(end - sweep, panels * kLanes) * kLanes, end)};
+  }
+  Share piece(int64_t m) const {
+    const int64_t begin = smaller(m / kBaseRows * piece_, p_.n);
+    return {begin, smaller(begin + piece_, p_.n)};
+  }
+  const T* from(Share rows) const { return static_cast<const T*>(p_.w) + rows.begin * p_.stride_w + next_.begin; }
+
+  const LoraLinear& p_;
+  const Share columns_;
+  const int64_t piece_;  // rows
+  float *packed_, *packed_next_;
+  Share now_, next_;
+};
+
+// Some columns of dx: dy W is added to the sums of what the adapter adds.
+template <class T>
+inline void multiply_dy(const LoraLinear& p, const Backward<T>& s, Panels<T>& w, int64_t column, int64_t columns) {
+  const T* dy = static_cast<const T*>(p.dy);
+  const int64_t units = units_of<T>(p.n);
+  float* const all_sums = s.sums_of_thread();
+  for (; w.columns().begin < column + columns; w.turn()) {
+    const int64_t count = w.columns().end - w.columns().begin;
+    each_block({0, p.m}, kBaseRows, [&](int64_t m, int64_t rows) {
+      const int64_t whole = smaller(rows, s.whole_rows - m);
+      float* const sums = all_sums + m * kSweep + w.columns().begin - column;
+      Ahead ahead = w.ahead(m);
+      InPlace<T>(dy, p.stride_dy, m, whole, p.n).multiply(w.packed(), count, false, sums, kSweep, &ahead);
+      product<T>({s.last_dy.at, units}, rows - whole, w.packed(), count, units, false, sums + whole * kSweep, kSweep, &ahead);
+      w.pack(m);
+    });
+  }
+  for (int64_t m = 0; m < p.m; ++m) copy_row(static_cast<T*>(p.dx) + m * p.k + column, all_sums + m * kSweep, columns);
 }
 
 // Some rows of dB, which are columns of dy.
@@ -273,9 +351,14 @@ inline bool backward_of(const LoraLinear& p) {
 #pragma omp parallel num_threads(p.threads)
   {
     [[maybe_unused]] const Multiplying<T> multiplying;
+    const Share columns = share(p.k, kColumns);
+    if (p.w && omp_get_thread_num() == 0) {
+      const T* last = static_cast<const T*>(p.dy) + s.whole_rows * p.stride_dy;
+      pack_left(last, p.stride_dy, p.m - s.whole_rows, p.n, s.last_dy.at, units_of<T>(p.n));
+    }
     if (p.dx) {
-      pack_panels<T>(p, p.k, s.a, [&](int64_t at, int64_t count, float* to) {
-        pack_right(static_cast<const T*>(p.a) + at, p.stride_a, p.r, count, to);
+      each_block(columns, kPanel, [&](int64_t at, int64_t count) {
+        pack_right(static_cast<const T*>(p.a) + at, p.stride_a, p.r, count, s.a + at * units_of<T>(p.r));
       });
     }
     if (p.dx || p.da) {
@@ -286,8 +369,16 @@ inline bool backward_of(const LoraLinear& p) {
 #pragma omp barrier
     each_block(share(p.m, kRoom), kRows, [&](int64_t row, int64_t rows) { backward_rows(p, s, row, rows); });
 #pragma omp barrier
-    if (p.dx || p.da) {
-      each_block(share(p.k, kPanel), kSweep, [&](int64_t at, int64_t count) { sweep_x(p, s, at, count); });
+    if (p.w) {
+      if constexpr (kHasBase<T>) {
+        Panels<T> w(p, columns, s.w_of_thread());
+        each_block(columns, kSweep, [&](int64_t at, int64_t count) {
+          sweep_x(p, s, at, count);
+          multiply_dy(p, s, w, at, count);
+        });
+      }
+    } else if (p.dx || p.da) {
+      each_block(columns, kSweep, [&](int64_t at, int64_t count) { sweep_x(p, s, at, count); });
     }
     if (p.db) {
       each_block(share(p.n, kPanel), kSweep, [&](int64_t at, int64_t count) { sweep_dy(p, s, at, count); });

@@ -118,10 +118,32 @@ struct Left {
   }
 };
 
+// Rows that will be needed next, asked for a line at a time while something is multiplied.
+class Ahead {
+ public:
+  static constexpr int kUnits = 8;  // of a product's depth, from a step to the next
+
+  Ahead(const void* rows, int64_t bytes, int64_t stride, int64_t count)
+      : line_(static_cast<const char*>(rows)), lines_(ceiling(bytes + intptr_t(rows) % 64, 64)), left_(lines_), stride_(stride),
+        rows_(bytes ? count : 0) {}
+
+  void step() {
+    if (!rows_) return;
+    __builtin_prefetch(line_, 0, 2);  // into L2
+    line_ += 64;
+    if (--left_) return;
+    line_ += stride_ - lines_ * 64, left_ = lines_, --rows_;
+  }
+
+ private:
+  const char* line_;
+  int64_t lines_, left_, stride_, rows_;
+};
+
 // A tile, added to what is there unless it is the `first` part of the depth.
 template <int ROWS, int VECTORS, class T>
 __attribute__((noinline)) void product_tile(Left left, const float* right, int64_t units, bool first, float* out,
-                                            int64_t out_stride) {
+                                            int64_t out_stride, Ahead* ahead) {
   using Operand = typename Dot<T>::Operand;
   Vec sums[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -130,6 +152,7 @@ __attribute__((noinline)) void product_tile(Left left, const float* right, int64
     for (int v = 0; v < VECTORS; ++v) sums[m][v] = first ? broadcast(0) : load(out + m * out_stride + v * kLanes);
   }
   for (int64_t u = 0; u < units; ++u, right += VECTORS * kLanes) {
+    if (ahead && u % Ahead::kUnits == 0) ahead->step();
     Operand columns[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) columns[v] = (Operand)load(right + v * kLanes);
@@ -150,12 +173,12 @@ __attribute__((noinline)) void product_tile(Left left, const float* right, int64
 // Tiles of up to ROWS rows, which is a power of two; out's rows have room for whole vectors.
 template <int ROWS, int VECTORS, class T>
 inline void product_panel(Left left, int64_t rows, const float* right, int64_t units, bool first, float* out,
-                          int64_t out_stride) {
+                          int64_t out_stride, Ahead* ahead) {
   for (; rows >= ROWS; rows -= ROWS, left = left.from(ROWS), out += ROWS * out_stride) {
-    product_tile<ROWS, VECTORS, T>(left, right, units, first, out, out_stride);
+    product_tile<ROWS, VECTORS, T>(left, right, units, first, out, out_stride, ahead);
   }
   if constexpr (ROWS > 1) {
-    if (rows) product_panel<ROWS / 2, VECTORS, T>(left, rows, right, units, first, out, out_stride);
+    if (rows) product_panel<ROWS / 2, VECTORS, T>(left, rows, right, units, first, out, out_stride, ahead);
   }
 }
 
@@ -165,9 +188,9 @@ struct Multiplying {};
 
 template <class T>
 inline void product(Left left, int64_t rows, const float* right, int64_t columns, int64_t units, bool first, float* out,
-                    int64_t out_stride) {
+                    int64_t out_stride, Ahead* ahead = nullptr) {
   for (int64_t at = 0; at < columns; at += kPanel, right += units * kPanel, out += kPanel) {
-    const auto panel = [&](auto tile) { tile(left, rows, right, units, first, out, out_stride); };
+    const auto panel = [&](auto tile) { tile(left, rows, right, units, first, out, out_stride, ahead); };
     switch (ceiling(smaller(kPanel, columns - at), kLanes)) {
       case 1: panel(product_panel<kTileRows, 1, T>); break;
       case 2: panel(product_panel<kTileRows, 2, T>); break;

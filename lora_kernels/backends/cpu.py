@@ -56,9 +56,11 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
         dy, a, b = row_major(dy), _operand(lora_a, dy), _operand(lora_b, dy)
         x, h = row_major(x) if needs_a else dy, h.contiguous() if needs_b else None
         _, run, isa = linear()
-        call = _call(x, a, b, h, scaling, dropout_p, seed, None, None, None, dy, dx, da, db, lora_a.dtype)
+        multiplies_base = needs_x and cpu_library.multiplies_base(dy, weight)
+        w = weight if multiplies_base else None
+        call = _call(x, a, b, h, scaling, dropout_p, seed, None, None, w, dy, dx, da, db, lora_a.dtype)
         _check(run(call, isa), call)
-        if needs_x:
+        if needs_x and not multiplies_base:
             dx.addmm_(with_clean_rows(dy), weight)
     return dx, da, db
 
@@ -78,7 +80,7 @@ def _call(x, a, b, h, scaling, dropout_p, seed, bias=None, y=None, w=None, dy=No
         x.data_ptr(), a.data_ptr(), b.data_ptr(), _pointer(bias), _pointer(h), _pointer(w), _pointer(y), _pointer(dy),
         _pointer(dx), _pointer(da), _pointer(db), x.shape[0], b.shape[0], *a.shape[::-1],
         x.stride(0), stride_w, a.stride(0), b.stride(0), stride_dy,
-        int(seed) if drop else 0, keep_threshold(dropout_p) if drop else -1, 1.0 / (1.0 - dropout_p) if drop else 1.0,
+        _pointer(seed) if drop else None, keep_threshold(dropout_p) if drop else 0, 1.0 / (1.0 - dropout_p) if drop else 1.0,
         float(scaling), DTYPES[x.dtype], 0 if to is None else DTYPES[to], torch.get_num_threads(),
     )  # fmt: skip
 

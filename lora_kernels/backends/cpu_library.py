@@ -14,7 +14,7 @@ import torch
 from lora_kernels.configs import cpu as configs
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 6
+ABI = 7
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -39,7 +39,8 @@ class Linear(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "a", "b", "bias", "h", "w", "y", "dy", "dx", "da", "db")),
         *((name, c_int64) for name in ("m", "n", "k", "r")),
-        *((name, c_int64) for name in ("stride_x", "stride_w", "stride_a", "stride_b", "stride_dy", "seed")),
+        *((name, c_int64) for name in ("stride_x", "stride_w", "stride_a", "stride_b", "stride_dy")),
+        ("seed", c_void_p),
         *(("keep_threshold", c_int32), ("keep_scale", c_float), ("scaling", c_float)),
         *((name, c_int32) for name in ("dtype", "gradient_dtype", "threads")),
     ]
