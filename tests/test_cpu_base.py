@@ -42,7 +42,8 @@ def dtype(request, ask_for, monkeypatch):
     """Each instruction set and dtype, with any number of rows."""
     isa, dtype = request.param
     ask_for(isa)
-    monkeypatch.setitem(configs_cpu.BASE_ROWS, (isa, str(dtype)), (1, 10**6))
+    for rows in (configs_cpu.BASE_ROWS, configs_cpu.DX_ROWS):
+        monkeypatch.setitem(rows, (isa, str(dtype)), (1, 10**6))
     return dtype
 
 

@@ -37,7 +37,7 @@ def forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, strategy)
     x, a, b = row_major(x), _operand(lora_a, x), _operand(lora_b, x)
     bias = None if bias is None else bias.contiguous()
     run, _, isa = linear()
-    if multiplies_base := cpu_library.multiplies_base(x, weight):
+    if multiplies_base := cpu_library.multiplies_base(x, weight, measured.BASE_ROWS):
         x = cpu_library.in_pairs(x)
     call = _call(x, a, b, h, scaling, dropout_p, seed, bias, y, weight if multiplies_base else None)
     _check(run(call, isa), call)
@@ -56,7 +56,7 @@ def backward(dy, x, h, weight, lora_a, lora_b, scaling, dropout_p, seed, needs, 
         dy, a, b = row_major(dy), _operand(lora_a, dy), _operand(lora_b, dy)
         x, h = row_major(x) if needs_a else dy, h.contiguous() if needs_b else None
         _, run, isa = linear()
-        multiplies_base = needs_x and cpu_library.multiplies_base(dy, weight)
+        multiplies_base = needs_x and cpu_library.multiplies_base(dy, weight, measured.DX_ROWS)
         w = weight if multiplies_base else None
         call = _call(x, a, b, h, scaling, dropout_p, seed, None, None, w, dy, dx, da, db, lora_a.dtype)
         _check(run(call, isa), call)

@@ -7,6 +7,7 @@ import torch
 from lora_kernels.backends import cpu_library
 from lora_kernels.backends.cpu_library import DTYPES, Batch, Slice, batched
 from lora_kernels.backends.operands import row_major, with_clean_rows
+from lora_kernels.configs import cpu as configs
 
 STRATEGIES = ("chained",)
 reasons_unsupported = cpu_library.reasons_unsupported
@@ -16,7 +17,7 @@ strategy_reasons_unsupported = cpu_library.strategy_reasons_unsupported
 def forward(x, weight, bias, adapters, plan, strategy):
     """`y [M,N]`: `x W' + bias`, and each row's own adapters; `adapters` is a tuple, one a slice of y's columns."""
     x = row_major(x)
-    if not cpu_library.multiplies_base(x, weight):
+    if not cpu_library.multiplies_base(x, weight, configs.BASE_ROWS):
         y = torch.nn.functional.linear(with_clean_rows(x), weight, bias)
         add(x, y, adapters, plan)
         return y

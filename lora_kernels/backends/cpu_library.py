@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.configs import cpu as configs
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
 ABI = 7
@@ -115,9 +114,9 @@ def instruction_set() -> str:
     return asked
 
 
-def multiplies_base(x, weight) -> bool:
-    """Whether the base layer is one call with the adapters: where that was measured to be faster."""
-    first, last = configs.BASE_ROWS.get((instruction_set(), str(x.dtype)), (1, 0))
+def multiplies_base(x, weight, rows) -> bool:
+    """Whether the base layer's product, with x or dy, is one call with the adapters: `rows` is a table of configs/cpu.py."""
+    first, last = rows.get((instruction_set(), str(x.dtype)), (1, 0))
     return first <= x.shape[0] <= last and weight.shape[0] >= 16 and weight.stride(1) == 1
 
 
