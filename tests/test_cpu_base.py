@@ -1,4 +1,4 @@
-"""The base layer of a batch of few rows by the compiled CPU kernels: csrc/cpu/base.h."""
+"""The base layer by the compiled CPU kernels: csrc/cpu/base.h, and dx in csrc/cpu/linear.h."""
 
 import math
 from dataclasses import replace
@@ -100,6 +100,11 @@ CASES = [
     Case(17, 145, 97, 16, bias=True, dropout_p=0.3),
     Case(49, 31, 33, 5),
     Case(13, 200, 95, 33, layouts={"x": "misaligned", "weight": "misaligned"}),
+    Case(
+        130, 95, 500, 7, dropout_p=0.2, layouts={"weight": "misaligned", "dy": "misaligned"}
+    ),  # past blocks of dy's rows
+    Case(70, 4099, 80, 3),
+    Case(3, 1, 1, 1),  # forward is PyTorch's
 ]
 
 
@@ -112,7 +117,35 @@ def test_one_adapter(dtype, ours, case):
     for threads in (2, 3, 16):
         for name, result in on_threads(threads, testing.run, case, tensors, *CHOICE).items():
             assert torch.equal(result, expected[name]), name
-    assert ours and all(ours)
+    assert all(ours) or case.n < 16
+
+
+@pytest.mark.parametrize("n", [66, 67])
+def test_a_nan_of_dy_stays_in_its_row_and_one_of_w_in_its_column(dtype, n):
+    case = Case(85, n, 210, 4, dtype)
+    tensors = testing.make_tensors(case)
+    dx = testing.run(case, tensors, *CHOICE)["dx"]
+    for row, column in ((7, n - 1), (8, 0), (84, 3)):  # an odd row ends in the middle of a pair
+        tensors.dy[row, column] = math.nan
+    tensors.weight[n - 1, 200] = math.nan
+    z = testing.run(case, tensors, *CHOICE)["dx"]
+    rows, columns = torch.tensor([7, 8, 84]), torch.tensor([200])
+    assert z[rows].isnan().all() and z[:, columns].isnan().all()
+    z[rows], z[:, columns] = dx[rows], dx[:, columns]
+    assert torch.equal(z, dx)
+
+
+def test_nothing_is_left_of_the_call_before(dtype):
+    """Whose scratch is used again."""
+    small = Case(21, 83, 105, 9, dtype, dropout_p=0.2)
+    tensors = testing.make_tensors(small)
+    expected = testing.run(small, tensors, *CHOICE)
+    large = Case(200, 300, 500, 40, dtype)
+    nans = testing.Tensors(*(t if t is None else torch.full_like(t, math.nan) for t in testing.make_tensors(large)))
+    testing.run(large, nans, *CHOICE)
+    Batch(m=100, k=300, dtype=dtype).run(CHOICE)
+    for name, result in testing.run(small, tensors, *CHOICE).items():
+        assert torch.equal(result, expected[name]), name
 
 
 @pytest.mark.parametrize("k", [66, 67])
@@ -141,3 +174,7 @@ def test_the_rest_is_pytorchs(dtype, ours, monkeypatch):
         assert not ours[-1], (batch.x.shape, batch.weight.stride())
     Batch(m=8, dtype=dtype).run(CHOICE)
     assert ours[-1]
+    monkeypatch.setattr(configs_cpu, "DX_ROWS", {key: (5, 10) for key in configs_cpu.DX_ROWS})
+    for m in (4, 8, 11):
+        testing.check(Case(m, 40, 70, 3, dtype), *CHOICE)
+        assert ours[-1] == (5 <= m <= 10)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
 ABI = 7
 
