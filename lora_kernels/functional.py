@@ -247,8 +247,12 @@ def _check_batched(x, weight, adapters, plan, bias):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}")
     if not adapters:
         raise ValueError("adapters: got none, expected a LayerAdapters, or one for each slice of y's columns")
-    tensors = {"x": x, "weight": weight, "plan.slots": plan.slots} | ({} if bias is None else {"bias": bias})
-    _check_tensors(tensors | {f"adapters[{i}].a": s.a for i, s in enumerate(adapters)})
+    tensors = {"x": x, "weight": weight, "plan.slots": plan.slots}  # torch 2.7 cannot trace a union of dicts
+    if bias is not None:
+        tensors["bias"] = bias
+    for i, s in enumerate(adapters):
+        tensors[f"adapters[{i}].a"] = s.a
+    _check_tensors(tensors)
     if len(weight.shape) != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"x: got shape {list(x.shape)}, expected [..., K] for weight [N, K], which is {list(weight.shape)}; N, K >= 1"

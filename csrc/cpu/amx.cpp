@@ -114,7 +114,7 @@ inline void tiles(Left left, const float* right, int64_t units, bool first, floa
 // are of whole tiles, so its cuts change no bit.
 template <>
 inline void product<bf16>(Left left, int64_t rows, const float* right, int64_t columns, int64_t units, bool first,
-                          float* out, int64_t out_stride, Ahead* ahead) {
+                          float* out, int64_t out_stride, Ahead*) {
   const int64_t last = units % kSide;
   if (!last_units || (last && last != last_units)) configure(last ? last : kSide);
   for (int64_t at = 0; at < columns; at += kPanel, right += units * kPanel, out += kPanel) {

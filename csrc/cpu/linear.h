@@ -1,4 +1,4 @@
-// One layer of a training step, beside the base layer's products: h and h B', and the gradients.
+// One layer of a training step: h and h B', the gradients, and the base layer's products where W is given.
 //
 // Threads share out rows, then columns; each element is one sum in ascending order of its depth. So its bits depend
 // neither on their number nor on how the work is cut.
