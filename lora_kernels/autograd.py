@@ -36,14 +36,20 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, h, lora_a, lora_b, seed, bias, *base = ctx.saved_tensors  # which raises where one has changed since
         weight = ctx.quantized or base[0]
-        needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
-        needs = (needs_x, needs_a, needs_b)
-        with torch.no_grad():
-            dx, da, db = ctx.plan.backward(dy, x, h, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
-            dbias = bias_gradient(dy).to(bias.dtype) if needs_bias else None
-        if torch.is_grad_enabled():  # create_graph=True
-            dx, dbias, da, db = OnceDifferentiable.apply(4, dx, dbias, da, db, dy, x, lora_a, lora_b)
+        if not torch.is_grad_enabled():
+            dx, dbias, da, db = _gradients(ctx, dy, x, h, weight, lora_a, lora_b, seed, bias)
+        else:  # create_graph=True
+            with torch.no_grad():
+                grads = _gradients(ctx, dy, x, h, weight, lora_a, lora_b, seed, bias)
+            dx, dbias, da, db = OnceDifferentiable.apply(4, *grads, dy, x, lora_a, lora_b)
         return dx, None, dbias, da, db, None, None, None, None
+
+
+def _gradients(ctx, dy, x, h, weight, lora_a, lora_b, seed, bias):
+    needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    needs = (needs_x, needs_a, needs_b)
+    dx, da, db = ctx.plan.backward(dy, x, h, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
+    return dx, bias_gradient(dy).to(bias.dtype) if needs_bias else None, da, db
 
 
 # Function.apply without its search for functorch's wrappers, which takes as long as autograd's part of the call.

@@ -214,12 +214,18 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
       if (p.da && row + m + kRows < p.m) prefetch(x + (m + kRows) * p.stride_x, columns * sizeof(T));
       if (drops(p)) keep_row(p, row + m, column, columns, keep + m * kSweep);
     }
-    if (p.dx) {
+    if (p.w) {
+      each_block({row, row + rows}, kRoom, [&](int64_t from, int64_t count) {
+        float* const to = sums_of_dx + from * kSweep;
+        product<T>({s.g + from * units, units}, count, s.a + column * units, columns, units, true, to, kSweep);
+        for (int64_t m = 0; drops(p) && m < count; ++m) {
+          copy_kept(to + m * kSweep, to + m * kSweep, p.keep_scale, keep + (from - row + m) * kSweep, columns);
+        }
+      });
+    } else if (p.dx) {
       expand<T>(s.g + row * units, units, rows, s.a + column * units, columns, [&](int64_t m, float* terms) {
-        const auto write = [&](auto* to) {
-          drops(p) ? copy_kept(to, terms, p.keep_scale, keep + m * kSweep, columns) : copy_row(to, terms, columns);
-        };
-        p.w ? write(sums_of_dx + (row + m) * kSweep) : write(static_cast<T*>(p.dx) + (row + m) * p.k + column);
+        T* to = static_cast<T*>(p.dx) + (row + m) * p.k + column;
+        drops(p) ? copy_kept(to, terms, p.keep_scale, keep + m * kSweep, columns) : copy_row(to, terms, columns);
       });
     }
     if (p.da) {
@@ -269,10 +275,10 @@ class Panels {
     float* to = packed_next_ + rows.begin / kPerUnit<T> * whole_vectors(columns);
     pack_right(from(rows), p_.stride_w, rows.end - rows.begin, columns, to);
   }
-  Ahead ahead(int64_t m) const {
+  Ahead ahead(int64_t m, const Ahead& then) const {
     const Share rows = piece(m);
     const int64_t bytes = sizeof(T);
-    return {from(rows), (next_.end - next_.begin) * bytes, p_.stride_w * bytes, rows.end - rows.begin};
+    return {from(rows), (next_.end - next_.begin) * bytes, p_.stride_w * bytes, rows.end - rows.begin, &then};
   }
 
   // On to the next panel.
@@ -313,13 +319,17 @@ inline void multiply_dy(const LoraLinear& p, const Backward<T>& s, Panels<T>& w,
     each_block({0, p.m}, kBaseRows, [&](int64_t m, int64_t rows) {
       const int64_t whole = smaller(rows, s.whole_rows - m);
       float* const sums = all_sums + m * kSweep + w.columns().begin - column;
-      Ahead ahead = w.ahead(m);
+      const bool last = w.columns().end == column + columns;
+      T* const dx = static_cast<T*>(p.dx) + m * p.k + column;
+      const int64_t bytes = sizeof(T);
+      const Ahead of_dx(dx, columns * bytes, p.k * bytes, last ? rows : 0);
+      Ahead ahead = w.ahead(m, of_dx);
       InPlace<T>(dy, p.stride_dy, m, whole, p.n).multiply(w.packed(), count, false, sums, kSweep, &ahead);
       product<T>({s.last_dy.at, units}, rows - whole, w.packed(), count, units, false, sums + whole * kSweep, kSweep, &ahead);
+      for (int64_t i = 0; last && i < rows; ++i) copy_row(dx + i * p.k, all_sums + (m + i) * kSweep, columns);
       w.pack(m);
     });
   }
-  for (int64_t m = 0; m < p.m; ++m) copy_row(static_cast<T*>(p.dx) + m * p.k + column, all_sums + m * kSweep, columns);
 }
 
 // Some rows of dB, which are columns of dy.

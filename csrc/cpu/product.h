@@ -123,11 +123,12 @@ class Ahead {
  public:
   static constexpr int kUnits = 8;  // of a product's depth, from a step to the next
 
-  Ahead(const void* rows, int64_t bytes, int64_t stride, int64_t count)
+  Ahead(const void* rows, int64_t bytes, int64_t stride, int64_t count, const Ahead* then = nullptr)
       : line_(static_cast<const char*>(rows)), lines_(ceiling(bytes + intptr_t(rows) % 64, 64)), left_(lines_), stride_(stride),
-        rows_(bytes ? count : 0) {}
+        rows_(bytes ? count : 0), then_(then) {}
 
   void step() {
+    if (!rows_ && then_) *this = *then_;
     if (!rows_) return;
     __builtin_prefetch(line_, 0, 2);  // into L2
     line_ += 64;
@@ -138,6 +139,7 @@ class Ahead {
  private:
   const char* line_;
   int64_t lines_, left_, stride_, rows_;
+  const Ahead* then_;
 };
 
 // A tile, added to what is there unless it is the `first` part of the depth.

@@ -6,7 +6,8 @@ It is plain C, called by ctypes: one build serves every Python and every torch, 
 import ctypes
 import functools
 import os
-from ctypes import c_float, c_int32, c_int64, c_void_p
+import struct
+from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
 ABI = 7
 
+LINEAR = struct.Struct("@11P9qPiff3i")  # LoraLinear, packed: a ctypes.Structure takes three times as long to fill
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -30,17 +32,6 @@ class Batch(ctypes.Structure):
         *((name, c_int64) for name in ("rows", "k", "columns", "stride_x", "stride_w", "stride_y")),
         *((name, c_int64) for name in ("adapters_per_row", "num_slots", "num_slices")),
         *((name, c_int32) for name in ("dtype", "threads")),
-    ]
-
-
-class Linear(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("x", "a", "b", "bias", "h", "w", "y", "dy", "dx", "da", "db")),
-        *((name, c_int64) for name in ("m", "n", "k", "r")),
-        *((name, c_int64) for name in ("stride_x", "stride_w", "stride_a", "stride_b", "stride_dy")),
-        ("seed", c_void_p),
-        *(("keep_threshold", c_int32), ("keep_scale", c_float), ("scaling", c_float)),
-        *((name, c_int32) for name in ("dtype", "gradient_dtype", "threads")),
     ]
 
 
@@ -89,7 +80,7 @@ def library() -> ctypes.CDLL | str:
         )
     found.lora_dequantize.argtypes, found.lora_dequantize.restype = (ctypes.POINTER(Dequantize), c_int32), None
     for kernel in (found.lora_forward, found.lora_backward):
-        kernel.argtypes = (ctypes.POINTER(Linear), c_int32)
+        kernel.argtypes = (ctypes.c_char_p, c_int32)
     return found
 
 
