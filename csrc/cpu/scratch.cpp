@@ -29,6 +29,7 @@ namespace scratch {
 
 float* take(int64_t floats) {
   const int i = blocks.taken++;
+  if (i >= kBlocks) __builtin_trap();
   if (!blocks.at[i] || kExact || blocks.floats[i] < floats) {
     free(blocks.at[i]);
     blocks.at[i] = static_cast<float*>(aligned_alloc(64, (floats + 16) / 16 * 64));  // never of no bytes

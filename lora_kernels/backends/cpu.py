@@ -1,7 +1,7 @@
 """The CPU's compiled kernels: one adapter, forward and backward. csrc/cpu/linear.h.
 
 The strategy is `chained`: the adapter's term is written first and PyTorch's base GEMM accumulates onto it (beta = 1). Where
-our own beat it, forward is one call, and the term is the last part of the base layer's sums.
+our own beat it, a pass is one call: in forward the term is the last part of the base layer's sums, in backward the first.
 """
 
 import torch
