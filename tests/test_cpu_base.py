@@ -135,6 +135,16 @@ def test_a_nan_of_dy_stays_in_its_row_and_one_of_w_in_its_column(dtype, n):
     assert torch.equal(z, dx)
 
 
+@pytest.mark.parametrize("n", [2200, 2201])
+def test_rows_of_dx_do_not_depend_on_their_company(dtype, n):
+    case = Case(85, n, 70, 4, dtype)
+    tensors = testing.make_tensors(case)
+    dx = testing.run(case, tensors, *CHOICE)["dx"]
+    for rows in (slice(0, 1), slice(83, 85), slice(50, 80)):
+        few = tensors._replace(x=tensors.x[rows], dy=tensors.dy[rows])
+        assert torch.equal(testing.run(replace(case, m=len(few.x)), few, *CHOICE)["dx"], dx[rows])
+
+
 def test_nothing_is_left_of_the_call_before(dtype):
     """Whose scratch is used again."""
     small = Case(21, 83, 105, 9, dtype, dropout_p=0.2)
