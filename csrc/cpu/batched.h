@@ -9,7 +9,7 @@ namespace {
 constexpr int kRanks = 4;             // of a tile of h
 constexpr int kVectors = 4;           // of a row of a tile of y
 constexpr int kBlock = kVectors * kLanes;
-constexpr int kShare = 64;            // columns of y that are never shared between threads
+constexpr int kShare = 32;            // columns of y that are never shared between threads
 constexpr int64_t kChunk = 1024;      // columns that all rows visit before the next: B stays in the cache
 constexpr int kRun = 16;              // rows of one adapter for which B is read once
 

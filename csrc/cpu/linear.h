@@ -120,7 +120,7 @@ inline void multiply_base(const LoraLinear& p, const Base& base, float* packed_h
     pack_right_of_transposed(static_cast<const T*>(p.h) + at * p.r, p.r, p.r, count, to);
   });
 #pragma omp barrier
-  base_columns<T>(base, share(p.n, kBaseRows));
+  base_columns<T>(base, share(p.n, kRoom));
 }
 
 template <class T>
@@ -391,7 +391,7 @@ inline bool backward_of(const LoraLinear& p) {
       each_block(columns, kSweep, [&](int64_t at, int64_t count) { sweep_x(p, s, at, count); });
     }
     if (p.db) {
-      each_block(share(p.n, kPanel), kSweep, [&](int64_t at, int64_t count) { sweep_dy(p, s, at, count); });
+      each_block(share(p.n, kColumns), kSweep, [&](int64_t at, int64_t count) { sweep_dy(p, s, at, count); });
     }
   }
   return true;
