@@ -145,6 +145,21 @@ def test_rows_of_dx_do_not_depend_on_their_company(dtype, n):
         assert torch.equal(testing.run(replace(case, m=len(few.x)), few, *CHOICE)["dx"], dx[rows])
 
 
+@pytest.mark.parametrize("isa", SETS)
+def test_fp32_sums_are_as_exact_as_those_of_a_blas(ask_for, monkeypatch, isa):
+    """Which adds up a long depth in parts: one running sum of 4096 has four times the error."""
+    ask_for(isa)
+    for rows in (configs_cpu.BASE_ROWS, configs_cpu.DX_ROWS):
+        monkeypatch.setitem(rows, (isa, "torch.float32"), (1, 10**6))
+    case = Case(16, 4096, 4096, 1, torch.float32)
+    tensors = testing.make_tensors(case)
+    tensors.lora_b.zero_()
+    results = testing.run(case, tensors, *CHOICE)
+    for name, left, right in (("y", tensors.x, tensors.weight.mT), ("dx", tensors.dy, tensors.weight)):
+        exact = left.double() @ right.double()
+        assert (results[name] - exact).pow(2).mean().sqrt() < 2**-21 * exact.pow(2).mean().sqrt(), name
+
+
 def test_nothing_is_left_of_the_call_before(dtype):
     """Whose scratch is used again."""
     small = Case(21, 83, 105, 9, dtype, dropout_p=0.2)

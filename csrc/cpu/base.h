@@ -1,7 +1,7 @@
 // y = x W' + h B' + bias, W read as it lies; for a few rows that is all it costs.
 //
 // A row of W, or of B, is a row of a left operand as it stands; x and h, packed, are the right ones. So y' is multiplied, and
-// turned while it is in the cache. Every element is one sum in ascending order of k and then of r, whatever rows and threads
+// turned while it is in the cache. Every element is summed in ascending order of k, in parts, and then of r, whatever rows and threads
 // there are, rounded once.
 #pragma once
 #include "isa.h"
@@ -12,7 +12,8 @@
 namespace {
 
 constexpr int64_t kBaseRows = 64;     // of W, which are columns of y, or of dy, multiplied at once: four tiles of AMX
-constexpr int64_t kBaseDepth = 1024;  // units: what x has of them stays in L2
+template <class T>
+constexpr int64_t kBaseDepth = sizeof(T) == 4 ? 256 : 1024;  // units: what x has of them stays in L2; fp32 is not rounded again
 constexpr int kTurned = 4;            // rows and columns that are turned at once
 
 // Whether an element, or a pair of them where the processor adds up pairs, is a unit.
@@ -79,31 +80,44 @@ template <class T>
 class InPlace {
  public:
   InPlace(const void* matrix, int64_t stride, int64_t first, int64_t count, int64_t depth)
-      : from_(static_cast<const T*>(matrix) + first * stride), stride_(stride), count_(count), units_(units_of<T>(depth)),
-        in_place_(depth % kPerUnit<T> ? depth / kPerUnit<T> / kRoom * kRoom : units_) {
+      : InPlace(static_cast<const T*>(matrix) + first * stride, stride, count, depth, {packed_, kRoom}) {
     // The second half of an odd row's last unit is the next row's, or past the end: what is left of whole tiles is packed.
     const int64_t at = in_place_ * kPerUnit<T>;
-    if (in_place_ < units_) pack_left(from_ + at, stride, count, depth - at, last_, kRoom);
+    if (in_place_ < units_) pack_left(from_ + at, stride, count, depth - at, packed_, kRoom);
   }
+
+  // Rows that are packed already, one after another.
+  InPlace(const float* packed, int64_t count, int64_t depth)
+      : InPlace(reinterpret_cast<const T*>(packed), units_of<T>(depth) * kPerUnit<T>, count, depth,
+                {packed + whole_units(depth), units_of<T>(depth)}) {}
 
   // sums [count, columns] of the products with `right`, a panel; added to what is there unless they are the `first`.
   void multiply(const float* right, int64_t columns, bool first, float* sums, int64_t stride,
                 Ahead* ahead = nullptr) const {
     const int64_t width = whole_vectors(columns);
-    each_block({0, in_place_}, kBaseDepth, [&](int64_t u, int64_t units) {
+    each_block({0, in_place_}, kBaseDepth<T>, [&](int64_t u, int64_t units) {
       const bool begins = first && u == 0;
       product<T>({from_ + u * kPerUnit<T>, stride_}, count_, right + u * width, columns, units, begins, sums, stride, ahead);
     });
     if (in_place_ < units_) {
       const bool begins = first && in_place_ == 0;
-      product<T>({last_, kRoom}, count_, right + in_place_ * width, columns, units_ - in_place_, begins, sums, stride);
+      product<T>(last_, count_, right + in_place_ * width, columns, units_ - in_place_, begins, sums, stride);
     }
   }
 
  private:
+  InPlace(const T* from, int64_t stride, int64_t count, int64_t depth, Left last)
+      : from_(from), stride_(stride), count_(count), units_(units_of<T>(depth)), in_place_(whole_units(depth)), last_(last) {}
+
+  // Those of whole tiles where the depth is odd.
+  static int64_t whole_units(int64_t depth) {
+    return depth % kPerUnit<T> ? depth / kPerUnit<T> / kRoom * kRoom : units_of<T>(depth);
+  }
+
   const T* const from_;
   const int64_t stride_, count_, units_, in_place_;
-  alignas(64) float last_[kBaseRows * kRoom];
+  const Left last_;
+  alignas(64) float packed_[kBaseRows * kRoom];
 };
 
 // y's columns in a share.

@@ -1,6 +1,6 @@
 // One layer of a training step: h and h B', the gradients, and the base layer's products where W is given.
 //
-// Threads share out rows, then columns; each element is one sum in ascending order of its depth. So its bits depend
+// Threads share out rows, then columns; each element is summed in ascending order, in parts that begin at fixed places. So its bits depend
 // neither on their number nor on how the work is cut.
 #include "base.h"
 #include "dropout.h"
@@ -312,7 +312,6 @@ class Panels {
 template <class T>
 inline void multiply_dy(const LoraLinear& p, const Backward<T>& s, Panels<T>& w, int64_t column, int64_t columns) {
   const T* dy = static_cast<const T*>(p.dy);
-  const int64_t units = units_of<T>(p.n);
   float* const all_sums = s.sums_of_thread();
   for (; w.columns().begin < column + columns; w.turn()) {
     const int64_t count = w.columns().end - w.columns().begin;
@@ -325,7 +324,7 @@ inline void multiply_dy(const LoraLinear& p, const Backward<T>& s, Panels<T>& w,
       const Ahead of_dx(dx, columns * bytes, p.k * bytes, last ? rows : 0);
       Ahead ahead = w.ahead(m, of_dx);
       InPlace<T>(dy, p.stride_dy, m, whole, p.n).multiply(w.packed(), count, false, sums, kSweep, &ahead);
-      product<T>({s.last_dy.at, units}, rows - whole, w.packed(), count, units, false, sums + whole * kSweep, kSweep, &ahead);
+      InPlace<T>(s.last_dy.at, rows - whole, p.n).multiply(w.packed(), count, false, sums + whole * kSweep, kSweep, &ahead);
       for (int64_t i = 0; last && i < rows; ++i) copy_row(dx + i * p.k, all_sums + (m + i) * kSweep, columns);
       w.pack(m);
     });

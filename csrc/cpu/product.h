@@ -3,7 +3,7 @@
 // Depth is counted in units: the 32 bits that a lane multiplies in one step, an fp32, or two bf16 where the processor
 // adds up pairs. A packed left operand has one row of units after another. A packed right one is panels of kPanel columns,
 // the last narrower: a panel is [units][columns, rounded up to whole vectors], and zero where the matrix ends.
-// Every element is summed in ascending order of depth, whatever the shape of the tile that it is in.
+// Every part of the depth is summed in ascending order, whatever the shape of the tile, and added to those before.
 #pragma once
 
 namespace {
@@ -142,7 +142,7 @@ class Ahead {
   const Ahead* then_;
 };
 
-// A tile, added to what is there unless it is the `first` part of the depth.
+// A tile, added to what is there unless it is the `first` part of the depth: a sum in parts has the rounding of its parts.
 template <int ROWS, int VECTORS, class T>
 __attribute__((noinline)) void product_tile(Left left, const float* right, int64_t units, bool first, float* out,
                                             int64_t out_stride, Ahead* ahead) {
@@ -151,7 +151,7 @@ __attribute__((noinline)) void product_tile(Left left, const float* right, int64
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) sums[m][v] = first ? broadcast(0) : load(out + m * out_stride + v * kLanes);
+    for (int v = 0; v < VECTORS; ++v) sums[m][v] = broadcast(0);
   }
   for (int64_t u = 0; u < units; ++u, right += VECTORS * kLanes) {
     if (ahead && u % Ahead::kUnits == 0) ahead->step();
@@ -168,7 +168,10 @@ __attribute__((noinline)) void product_tile(Left left, const float* right, int64
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) store(out + m * out_stride + v * kLanes, sums[m][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* to = out + m * out_stride + v * kLanes;
+      store(to, first ? sums[m][v] : add(load(to), sums[m][v]));
+    }
   }
 }
 
