@@ -141,6 +141,12 @@ def test_what_pytorch_was_measured_to_do_faster_is_left_to_it(ask_for, monkeypat
         assert choose(problem._replace(**other)).backend is cpu, other
 
 
+def test_a_seed_of_another_dtype_is_refused():
+    x = torch.ones(3, 4)
+    with pytest.raises(TypeError, match=r"seed: got torch\.int32, expected torch\.int64"):
+        cpu.forward(x, x, None, x, torch.ones(3, 3), 1.0, 0.5, torch.tensor(7, dtype=torch.int32), "chained")
+
+
 def test_memory_that_is_not_there_is_an_error(monkeypatch):
     refuses = (lambda call, isa: 0,) * 2
     monkeypatch.setattr(cpu, "linear", lambda: (*refuses, 0))

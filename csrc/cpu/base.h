@@ -1,8 +1,8 @@
 // y = x W' + h B' + bias, W read as it lies; for a few rows that is all it costs.
 //
 // A row of W, or of B, is a row of a left operand as it stands; x and h, packed, are the right ones. So y' is multiplied, and
-// turned while it is in the cache. Every element is summed in ascending order of k, in parts, and then of r, whatever rows and threads
-// there are, rounded once.
+// turned while it is in the cache. Every element is summed in ascending order of k, in parts, and then of r, whatever rows
+// and threads there are, rounded once.
 #pragma once
 #include "isa.h"
 #include "product.h"

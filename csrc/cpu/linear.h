@@ -1,7 +1,7 @@
 // One layer of a training step: h and h B', the gradients, and the base layer's products where W is given.
 //
-// Threads share out rows, then columns; each element is summed in ascending order, in parts that begin at fixed places. So its bits depend
-// neither on their number nor on how the work is cut.
+// Threads share out rows, then columns; each element is summed in ascending order, in parts that begin at fixed places. So
+// its bits depend neither on their number nor on how the work is cut.
 #include "base.h"
 #include "dropout.h"
 #include "scratch.h"

@@ -75,6 +75,8 @@ def _pointer(tensor):
 
 def _call(x, a, b, h, scaling, dropout_p, seed, bias=None, y=None, w=None, dy=None, dx=None, da=None, db=None, to=None):
     """`to`: the dtype of da and db."""
+    if dropout_p > 0.0 and seed.dtype is not torch.int64:  # whose memory is read
+        raise TypeError(f"seed: got {seed.dtype}, expected torch.int64")
     drop, stride_w, stride_dy = dropout_p > 0.0, 0 if w is None else w.stride(0), 0 if dy is None else dy.stride(0)
     return LINEAR.pack(
         x.data_ptr(), a.data_ptr(), b.data_ptr(), _pointer(bias), _pointer(h), _pointer(w), _pointer(y), _pointer(dy),
