@@ -31,7 +31,7 @@ sanitize: $(VENV)/dev  ## the compiled CPU kernels under the address and undefin
 	cp -r csrc lora_kernels tests setup.py pyproject.toml README.md LICENSE $$copy; cd $$copy; rm -f lora_kernels/*.so; \
 	CXX="g++ $(SANITIZERS)" LORA_KERNELS_BUILD=cpu $$python setup.py -q build_ext --inplace; \
 	set -x; LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYTHONPATH=. \
-	ASAN_OPTIONS=detect_leaks=0 $$python -m pytest -q --capture=sys $(CSRC_TESTS) \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $$python -m pytest -q --capture=sys $(CSRC_TESTS) \
 	  -k "(cpu or isa or set or thread or company) and not wheel and not builds"
 
 # PYTHON as it is where its torch sees the GPU, else that of .venv.

@@ -13,7 +13,7 @@ LIBRARIES = {"auto": ["_cpu", "_cuda"], "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda
 
 
 class Build(build_ext):
-    """Plain shared libraries: they know neither Python nor torch; OpenMP comes from the process that loads them."""
+    """Shared libraries that know nothing of Python; torch and OpenMP are those of the process that loads them."""
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
@@ -26,8 +26,8 @@ class Build(build_ext):
         except Exception as error:
             if not ext.optional:
                 raise
-            kernels, compiler = ("CUDA", "nvcc") if is_cuda else ("CPU", "g++")
-            remedy = f"to get them, install {compiler} and install it again"
+            kernels, needed = ("CUDA", "nvcc") if is_cuda else ("CPU", "g++ and torch 2.10 or newer")
+            remedy = f"to get them, install {needed}, then it again"
             print(f"lora_kernels: without its {kernels} kernels ({error}); {remedy}", file=sys.stderr)
 
     def get_ext_filename(self, name):

@@ -4,7 +4,9 @@ import os
 import platform
 import shlex
 import shutil
+import site
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,9 @@ CXX_FLAGS = shlex.split("-std=c++17 -O2 -fPIC -fopenmp -ffp-contract=off -fvisib
 CXX_FLAGS += ["-fno-tree-loop-distribute-patterns"]  # a call of memcpy takes longer than most copies here
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-CPU_SOURCES = {"csrc/binding.cpp": [], "csrc/cpu/scratch.cpp": [], "csrc/cpu/generic.cpp": []}
+# One build for torch 2.10, which has lists among its stable types, and all that follow. Its headers throw.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-fexceptions", "-frtti"]
+CPU_SOURCES = {"csrc/binding.cpp": STABLE_ABI, "csrc/cpu/scratch.cpp": [], "csrc/cpu/generic.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_SOURCES |= {"csrc/cpu/avx2.cpp": AVX2, "csrc/cpu/avx512.cpp": AVX512}
     CPU_SOURCES |= {f"csrc/cpu/{name}.cpp": [*AVX512, "-mavx512bf16"] for name in ("avx512_bf16", "amx")}
@@ -35,13 +39,27 @@ def find_nvcc():
     return shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
 
 
+def find_torch():
+    """The folder of the torch that this Python has; pip's isolated builds hide it from imports, but not its headers."""
+    folders = [*sys.path, sysconfig.get_path("purelib"), site.getusersitepackages()]
+    found = (Path(folder, "torch") for folder in folders)
+    torch = next((torch for torch in found if (torch / "include/torch/csrc/stable/c/shim.h").exists()), None)
+    if torch is None:
+        raise FileNotFoundError(
+            "no headers of torch 2.10 or newer beside this Python; --no-build-isolation may show them"
+        )
+    return torch
+
+
 def build_cpu(target, run):
     """Each instruction set has a file, and flags of its own; `run` takes the words of a command, in any thread."""
+    torch = find_torch()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         objects = [str(Path(folder, Path(source).stem + ".o")) for source in CPU_SOURCES]
-        commands = [[*CXX, *CXX_FLAGS, *CPU_SOURCES[source], "-c", source, "-o"] for source in CPU_SOURCES]
+        flags = [*CXX_FLAGS, "-isystem", str(torch / "include")]
+        commands = [[*CXX, *flags, *CPU_SOURCES[source], "-c", source, "-o"] for source in CPU_SOURCES]
         list(pool.map(run, [[*command, to] for command, to in zip(commands, objects, strict=True)]))
-        run([*CXX, "-shared", "-static-libgcc", *objects, "-o", str(target)])
+        run([*CXX, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)])
 
 
 def build_cuda(target, run):

@@ -1,8 +1,8 @@
-// What crosses the border to Python: plain structs, mirrored in lora_kernels/backends/cpu_library.py and cuda_library.py.
+// What the kernels take: plain structs. binding.cpp fills the CPU's, lora_kernels/backends/cuda_library.py has the GPU's too.
 #pragma once
 #include <stdint.h>
 
-#define LORA_ABI 7  // raise it with any change below, so that Python refuses a library built from other sources
+#define LORA_ABI 8  // raise it with any change below, or of an operator: Python refuses a library built from other sources
 #define LORA_MAX_RANK 512
 
 enum LoraDtype { LORA_FP32, LORA_BF16, LORA_FP16 };
@@ -32,7 +32,7 @@ struct LoraBatch {
   const int32_t* order;  // the entries by ascending slot
   const float* weights;  // as slots, or null
   const LoraSlice* slices;
-  float* h;         // [sum of max_rank, rows adapters_per_row]: scratch, which lora_batched sets
+  float* h;         // [sum of max_rank, rows adapters_per_row]: scratch
   float* packed_x;  // [k, rows in whole vectors]: scratch too, with w
   int64_t rows, k, columns, stride_x, stride_w, stride_y, adapters_per_row, num_slots, num_slices;
   int32_t dtype, threads;

@@ -20,9 +20,7 @@ def ask_for(monkeypatch):
 
     def forget():
         cpu_library.instruction_set.cache_clear()
-        cpu_library.batched.cache_clear()
-        cpu_library.linear.cache_clear()
-        cpu_library.dequantize.cache_clear()
+        cpu_library.operator.cache_clear()
         choose.cache_clear()
 
     def ask(name):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from compiled import every_set, needs_library, on_threads
 
-from lora_kernels import lora_linear, reference, testing
-from lora_kernels.backends import cpu, eager
+from lora_kernels import reference, testing
+from lora_kernels.backends import cpu, cpu_library, eager
 from lora_kernels.configs import cpu as configs_cpu
 from lora_kernels.dispatch import Problem, choose
 from lora_kernels.testing import Case
@@ -147,9 +147,14 @@ def test_a_seed_of_another_dtype_is_refused():
         cpu.forward(x, x, None, x, torch.ones(3, 3), 1.0, 0.5, torch.tensor(7, dtype=torch.int32), "chained")
 
 
-def test_memory_that_is_not_there_is_an_error(monkeypatch):
-    refuses = (lambda call, isa: 0,) * 2
-    monkeypatch.setattr(cpu, "linear", lambda: (*refuses, 0))
-    x, weight, lora_a, lora_b = torch.ones(3, 4), torch.ones(5, 4), torch.ones(2, 4), torch.ones(5, 2)
-    with pytest.raises(MemoryError, match="m = 3, n = 5, r = 2"):
-        lora_linear(x, weight, lora_a, lora_b, 1.0, backend="cpu")
+def test_memory_that_is_not_there_is_an_error():
+    one, m, k = torch.ones(1, 1), 2**22, 2**24
+    x, w, a, b = one.expand(m, k), one.expand(16, k), one.expand(1, k), one.expand(16, 1)  # of one element each
+    forward, isa = cpu_library.operator("forward")
+    with pytest.raises(RuntimeError, match=f"lora_linear: no memory for packed operands: m = {m}, n = 16, r = 1"):
+        forward(x, w, None, a, b, 1.0, None, 0, 1.0, 1, isa)
+    entry, table = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    slices = cpu_library.operator("slices")[0]([a], [b], [entry], [one[0]], [table], [1])
+    y, slots, batched = one.expand(m, 16), entry.expand(m), cpu_library.operator("batched")[0]
+    with pytest.raises(RuntimeError, match=f"lora_linear_batched: no memory for {m} x 1 elements of h"):
+        batched(x, w, None, y, slots, slots, None, slices, 1, 1, isa)

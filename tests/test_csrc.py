@@ -1,6 +1,7 @@
 """The compiled CPU kernels: every instruction set, any number of threads, and installs with and without a compiler."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,16 @@ def test_there_is_one_openmp_runtime():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_all_that_it_takes_from_torch_is_its_stable_abi():
+    """Of another version too: C functions of the shims, and no C++."""
+    run = subprocess.run(["nm", "-D", "--undefined-only", cpu_library.PATH], check=True, capture_output=True, text=True)
+    names = {line.split()[-1] for line in run.stdout.splitlines()}
+    taken = {name for name in names if re.search("torch|c10|aten", name)}
+    assert "torch_library_impl" in taken and all(re.match("(aoti_)?torch_", name) for name in taken)
+
+
 @pytest.fixture
 def source(tmp_path):
     """What is released, without anything built."""
@@ -197,6 +208,13 @@ def test_one_wheel_serves_every_python(source):
 def test_builds_that_cannot_be_fail_with_the_reason(source, mode, message):
     run = build(source, LORA_KERNELS_BUILD=mode, CXX="no-such-compiler")
     assert run.returncode and message in run.stderr
+
+
+def test_a_build_without_the_headers_of_torch_says_so(source):
+    compilers = source / "csrc" / "compilers.py"
+    compilers.write_text(compilers.read_text().replace("shim.h", "none.h"))
+    run = build(source, LORA_KERNELS_BUILD="cpu")
+    assert run.returncode and "no headers of torch 2.10 or newer beside this Python" in run.stderr
 
 
 def test_the_source_distribution_holds_csrc(source):

@@ -209,7 +209,7 @@ inline void sweep_x(const LoraLinear& p, const Backward<T>& s, int64_t column, i
   const int64_t units = units_of<T>(p.r);
   float* const sums_of_dx = s.sums_of_thread();
   each_block({0, p.m}, kRows, [&](int64_t row, int64_t rows) {
-    const T* x = static_cast<const T*>(p.x) + row * p.stride_x + column;
+    const T* x = p.da ? static_cast<const T*>(p.x) + row * p.stride_x + column : nullptr;
     for (int64_t m = 0; m < rows; ++m) {
       if (p.da && row + m + kRows < p.m) prefetch(x + (m + kRows) * p.stride_x, columns * sizeof(T));
       if (drops(p)) keep_row(p, row + m, column, columns, keep + m * kSweep);

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import cpu_library
-from lora_kernels.backends.cpu_library import DTYPES, Dequantize
+from lora_kernels.backends.cpu_library import DTYPES
 from lora_kernels.formats import QuantizedWeight
 
 
@@ -26,11 +26,11 @@ def _fp8(weight):
 
 
 def _int4(weight):
-    row, word = weight.packed.stride()
     block = {"columns": weight.shape[1], "block_rows": 1, "block_columns": weight.group_size}
-    return block | {"stride_row": row, "stride_word": word, "scale": weight.scale.float(), "zero": weight.zero}
+    return block | {"scale": weight.scale.float(), "zero": weight.zero}
 
 
+NO_OPERANDS = dict.fromkeys(("zero", "absmax", "nested_code", "nested_offset"))
 OPERANDS = {"nf4": _nf4, "int8": _int8, "fp8": _fp8, "int4": _int4}  # in the order of csrc/lora.h
 
 
@@ -40,13 +40,9 @@ def dequantize(weight: QuantizedWeight, out: Tensor) -> bool:
     known = weight.name in OPERANDS and (codes.is_contiguous() or weight.name == "int4")
     if not known or out.dtype not in DTYPES or isinstance(cpu_library.library(), str):
         return False
-    run, isa = cpu_library.dequantize()
-    operands = OPERANDS[weight.name](weight)
-    tensors = {name: value.contiguous() for name, value in operands.items() if isinstance(value, Tensor)}
-    call = Dequantize(
-        **operands | {name: tensor.data_ptr() for name, tensor in tensors.items()},
-        codes=codes.data_ptr(), out=out.data_ptr(), elements=out.numel(), format=list(OPERANDS).index(weight.name),
-        dtype=DTYPES[out.dtype], threads=torch.get_num_threads(),
-    )  # fmt: skip
-    run(call, isa)
+    run, isa = cpu_library.operator("dequantize")
+    operands = NO_OPERANDS | OPERANDS[weight.name](weight)
+    operands |= {name: value.contiguous() for name, value in operands.items() if isinstance(value, Tensor)}
+    form = list(OPERANDS).index(weight.name)
+    run(**operands, codes=codes, out=out, format=form, threads=torch.get_num_threads(), isa=isa)
     return True

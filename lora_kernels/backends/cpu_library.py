@@ -1,49 +1,15 @@
-"""The compiled library of the CPU kernels, and the instruction set that is used. csrc/lora.h holds its structs.
-
-It is plain C, called by ctypes: one build serves every Python and every torch, and building needs neither.
-"""
+"""The compiled library of the CPU kernels, whose operators csrc/binding.cpp registers, and the instruction set that is used."""
 
 import ctypes
 import functools
 import os
-import struct
-from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
 PATH = Path(__file__).resolve().parent.parent / "_cpu.so"
-ABI = 7
-
-LINEAR = struct.Struct("@11P9qPiff3i")  # LoraLinear, packed: a ctypes.Structure takes three times as long to fill
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class Slice(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("a", "b", "first_row", "ranks", "scalings")),
-        *((name, c_int64) for name in ("width", "stride_bn", "stride_br", "max_rank", "first_rank")),
-    ]
-
-
-class Batch(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("x", "w", "bias", "y", "slots", "order", "weights", "slices", "h", "packed_x")),
-        *((name, c_int64) for name in ("rows", "k", "columns", "stride_x", "stride_w", "stride_y")),
-        *((name, c_int64) for name in ("adapters_per_row", "num_slots", "num_slices")),
-        *((name, c_int32) for name in ("dtype", "threads")),
-    ]
-
-
-class Dequantize(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("codes", "scale", "zero", "absmax", "nested_code", "nested_offset", "out")),
-        *(
-            (name, c_int64)
-            for name in ("elements", "columns", "block_rows", "block_columns", "stride_row", "stride_word")
-        ),
-        *((name, c_int32) for name in ("format", "dtype", "threads")),
-    ]
+ABI = 8  # LORA_ABI of csrc/lora.h
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def reasons_unsupported(problem) -> list[str]:
@@ -65,22 +31,19 @@ def strategy_reasons_unsupported(strategy, problem) -> list[str]:
 def library() -> ctypes.CDLL | str:
     """The library, or why there is none. Its OpenMP is the one that torch has loaded: two would fight over the cores."""
     if not PATH.exists():
-        return "lora_kernels was installed without its CPU kernels (install g++, then lora_kernels again)"
+        return (
+            "lora_kernels was installed without its CPU kernels "
+            "(install g++ and torch 2.10 or newer, then lora_kernels again)"
+        )
     try:
         found = ctypes.CDLL(str(PATH))
     except OSError as error:
-        return f"its library does not load: {error}"
-    found.lora_isa_name.restype = ctypes.c_char_p
-    found.lora_batched.argtypes = (
-        ctypes.POINTER(Batch), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32,
-    )  # fmt: skip
+        return f"its library does not load with torch {torch.__version__}, expected 2.10 or newer: {error}"
     if found.lora_abi() != ABI:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
         )
-    found.lora_dequantize.argtypes, found.lora_dequantize.restype = (ctypes.POINTER(Dequantize), c_int32), None
-    for kernel in (found.lora_forward, found.lora_backward):
-        kernel.argtypes = (ctypes.c_char_p, c_int32)
+    found.lora_isa_name.restype = ctypes.c_char_p
     return found
 
 
@@ -121,25 +84,7 @@ def in_pairs(x):
 
 
 @functools.cache
-def batched():
-    """The batched kernel, and the index of the instruction set in use.
-
-    `run(batch, x, stride_x, y, w, stride_w, bias, threads, index)`
-    """
-    return library().lora_batched, _index()
-
-
-@functools.cache
-def linear():
-    """`forward(linear, index)`, `backward(linear, index)`: the kernels of one adapter, and that index."""
-    return library().lora_forward, library().lora_backward, _index()
-
-
-@functools.cache
-def dequantize():
-    """`run(weight, index)`: a quantised weight's dense values, and that index."""
-    return library().lora_dequantize, _index()
-
-
-def _index():
-    return list(instruction_sets()).index(instruction_set())
+def operator(name):
+    """The operator of that name, and the index of the instruction set in use."""
+    index = list(instruction_sets()).index(instruction_set())
+    return getattr(torch.ops.lora_kernels_cpu, name).default, index

@@ -6,8 +6,7 @@ On request only: it has not been timed on a GPU yet.
 import torch
 
 from lora_kernels.backends import cuda_library
-from lora_kernels.backends.cpu_library import DTYPES
-from lora_kernels.backends.cuda_library import MAX_SLICES, Decode, Slice
+from lora_kernels.backends.cuda_library import DTYPES, MAX_SLICES, Decode, Slice
 from lora_kernels.backends.launcher import counters
 from lora_kernels.backends.operands import cdiv, row_major
 from lora_kernels.backends.triton import device_guard, target
@@ -27,7 +26,7 @@ def reasons_unsupported(problem) -> list[str]:
     reasons = []
     if problem.capability < 80:
         reasons.append(f"sm_{problem.capability} is older than sm_80")
-    if problem.dtype not in (torch.bfloat16, torch.float16):
+    if problem.dtype not in DTYPES:
         reasons.append(f"{problem.dtype} is neither torch.bfloat16 nor torch.float16")
     if problem.m > MAX_ROWS:
         reasons.append(f"{problem.m} rows are more than {MAX_ROWS}")

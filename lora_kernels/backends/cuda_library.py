@@ -5,10 +5,20 @@ import functools
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-from lora_kernels.backends.cpu_library import ABI, Slice
+import torch
+
+from lora_kernels.backends.cpu_library import ABI
 
 PATH = Path(__file__).resolve().parent.parent / "_cuda.so"
 MAX_SLICES = 16
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+
+
+class Slice(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("a", "b", "first_row", "ranks", "scalings")),
+        *((name, c_int64) for name in ("width", "stride_bn", "stride_br", "max_rank", "first_rank")),
+    ]
 
 
 class Decode(ctypes.Structure):
