@@ -49,8 +49,7 @@ def main():
     fully_shard(model)
 
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(ROWS, WIDTH, generator=generator)
-    target = torch.randint(CLASSES, (ROWS,), generator=generator)
+    x, target = torch.randn(ROWS, WIDTH, generator=generator), torch.randint(CLASSES, (ROWS,), generator=generator)
     mine = [part.chunk(world)[rank].to(device) for part in (x, target)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -72,6 +71,7 @@ def main():
             model.save_pretrained(directory, state_dict=state)
             alone = PeftModel.from_pretrained(base_model(), directory)
         print(f"loaded in PEFT alone: at most {(alone(x) - y).abs().max():.1e} apart")
+    dist.barrier()  # the others wait until rank 0 has saved
     dist.destroy_process_group()
 
 
