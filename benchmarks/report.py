@@ -103,12 +103,14 @@ def show(title: str, path: Path | None, columns: list[str], rows: list[list[str]
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU, or the processor and its threads."""
+    """The GPU, or the processor, its threads and the instructions that make the difference: a virtual one may lack some."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{match[1] if match else platform.processor() or platform.machine()} CPU, {os.cpu_count()} threads"
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    match = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+    flags = (flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in cpuinfo.split())
+    processor = f"{match[1] if match else platform.processor() or platform.machine()} CPU"
+    return ", ".join((processor, f"{os.cpu_count()} threads", *list(flags)[:1]))
 
 
 def _nvidia_smi(query, device):

@@ -143,9 +143,9 @@ void batched(const Tensor& x, const MaybeTensor& w, const MaybeTensor& bias, con
   kIsas[isa].batched(call);
 }
 
-void dequantize(const Tensor& codes, const Tensor& scale, const MaybeTensor& zero, const MaybeTensor& absmax,
-                const MaybeTensor& nested_code, const MaybeTensor& nested_offset, const Tensor& out, int64_t format,
-                int64_t columns, int64_t block_rows, int64_t block_columns, int64_t threads, int64_t isa) {
+void dequantize(const Tensor& codes, const Tensor& scale, const Tensor& out, int64_t format, int64_t columns,
+                int64_t block_rows, int64_t block_columns, int64_t threads, int64_t isa, const MaybeTensor& zero,
+                const MaybeTensor& absmax, const MaybeTensor& nested_code, const MaybeTensor& nested_offset) {
   LoraDequantize weight = {};
   weight.codes = pointer(codes), weight.scale = pointer<float>(scale), weight.zero = pointer<uint8_t>(zero);
   weight.absmax = pointer<uint8_t>(absmax), weight.nested_code = pointer<float>(nested_code);
@@ -175,8 +175,9 @@ STABLE_TORCH_LIBRARY(lora_kernels_cpu, library) {
       "batched(Tensor x, Tensor? w, Tensor? bias, Tensor(a!) y, Tensor slots, Tensor order, Tensor? weights, Tensor slices, "
       "int num_slots, int threads, int isa) -> ()");
   library.def(
-      "dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax, Tensor? nested_code, Tensor? nested_offset, "
-      "Tensor(a!) out, int format, int columns, int block_rows, int block_columns, int threads, int isa) -> ()");
+      "dequantize(Tensor codes, Tensor scale, Tensor(a!) out, int format, int columns, int block_rows, int block_columns, "
+      "int threads, int isa, Tensor? zero=None, Tensor? absmax=None, Tensor? nested_code=None, "
+      "Tensor? nested_offset=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, library) {
@@ -192,6 +193,14 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, library) {
 extern "C" {
 
 EXPORT int32_t lora_abi() { return LORA_ABI; }
+
+EXPORT const char* lora_maker() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "other";
+}
 
 EXPORT const char* lora_isa_name(int32_t isa) { return isa < kCount ? kIsas[isa].name : nullptr; }
 

@@ -20,6 +20,7 @@ def ask_for(monkeypatch):
 
     def forget():
         cpu_library.instruction_set.cache_clear()
+        cpu_library.measured_as.cache_clear()
         cpu_library.operator.cache_clear()
         choose.cache_clear()
 

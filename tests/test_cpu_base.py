@@ -43,7 +43,7 @@ def dtype(request, ask_for, monkeypatch):
     isa, dtype = request.param
     ask_for(isa)
     for rows in (configs_cpu.BASE_ROWS, configs_cpu.DX_ROWS):
-        monkeypatch.setitem(rows, (isa, str(dtype)), (1, 10**6))
+        monkeypatch.setitem(rows, (*cpu_library.measured_as(), str(dtype)), (1, 10**6))
     return dtype
 
 
@@ -148,7 +148,7 @@ def test_fp32_sums_are_as_exact_as_those_of_a_blas(ask_for, monkeypatch, isa):
     """Which adds up a long depth in parts: one running sum of 4096 has four times the error."""
     ask_for(isa)
     for rows in (configs_cpu.BASE_ROWS, configs_cpu.DX_ROWS):
-        monkeypatch.setitem(rows, (isa, "torch.float32"), (1, 10**6))
+        monkeypatch.setitem(rows, (*cpu_library.measured_as(), "torch.float32"), (1, 10**6))
     case = Case(16, 4096, 4096, 1, torch.float32)
     tensors = testing.make_tensors(case)
     tensors.lora_b.zero_()

@@ -30,7 +30,6 @@ def _int4(weight):
     return block | {"scale": weight.scale.float(), "zero": weight.zero}
 
 
-NO_OPERANDS = dict.fromkeys(("zero", "absmax", "nested_code", "nested_offset"))
 OPERANDS = {"nf4": _nf4, "int8": _int8, "fp8": _fp8, "int4": _int4}  # in the order of csrc/lora.h
 
 
@@ -41,8 +40,8 @@ def dequantize(weight: QuantizedWeight, out: Tensor) -> bool:
     if not known or out.dtype not in DTYPES or isinstance(cpu_library.library(), str):
         return False
     run, isa = cpu_library.operator("dequantize")
-    operands = NO_OPERANDS | OPERANDS[weight.name](weight)
+    operands = OPERANDS[weight.name](weight)
     operands |= {name: value.contiguous() for name, value in operands.items() if isinstance(value, Tensor)}
-    form = list(OPERANDS).index(weight.name)
-    run(**operands, codes=codes, out=out, format=form, threads=torch.get_num_threads(), isa=isa)
+    number, threads = list(OPERANDS).index(weight.name), torch.get_num_threads()
+    run(codes=codes, out=out, format=number, threads=threads, isa=isa, **operands)
     return True

@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | str:
         return (
             f"its library is of other sources (version {found.lora_abi()}, expected {ABI}): install lora_kernels again"
         )
-    found.lora_isa_name.restype = ctypes.c_char_p
+    found.lora_isa_name.restype = found.lora_maker.restype = ctypes.c_char_p
     return found
 
 
@@ -67,9 +67,15 @@ def instruction_set() -> str:
     return asked
 
 
+@functools.cache
+def measured_as() -> tuple[str, str]:
+    """The processor as configs/cpu.py knows it: its maker (intel, amd or other), and the instruction set in use."""
+    return library().lora_maker().decode(), instruction_set()
+
+
 def multiplies_base(x, weight, rows) -> bool:
     """Whether the base layer's product, with x or dy, is one call with the adapters: `rows` is a table of configs/cpu.py."""
-    first, last = rows.get((instruction_set(), str(x.dtype)), (1, 0))
+    first, last = rows.get((*measured_as(), str(x.dtype)), (1, 0))
     return first <= x.shape[0] <= last and weight.shape[0] >= 16 and weight.stride(1) == 1
 
 
