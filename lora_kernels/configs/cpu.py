@@ -17,8 +17,8 @@ BASE_ROWS = {
     ("amd", "avx512_bf16", "torch.float32"): (2, 2048),
     ("intel", "avx512", "torch.float32"): (8, 128),
 }
-# In the backward pass, dx = dy W, for which W is packed. With AMX it was not measured. On Intel's processors without, oneDNN took
-# 3 % more for 512 x 2048² and 1 % less for 512 x 4096², 4 % less for 256 x 4096²; MKL a fifth less.
+# In the backward pass, dx = dy W, for which W is packed. With AMX it was not measured. On Intel's processors without, oneDNN
+# took 3 % more for 512 x 2048², 1 % less for 512 x 4096² and 4 % less for 256 x 4096²; MKL a fifth less.
 DX_ROWS = {
     ("intel", "avx512_bf16", "torch.bfloat16"): (512, 2048),
     ("amd", "avx512_bf16", "torch.bfloat16"): (256, 2048),
