@@ -17,12 +17,12 @@ CXX_FLAGS = shlex.split("-std=c++17 -O2 -fPIC -fopenmp -ffp-contract=off -fvisib
 CXX_FLAGS += ["-fno-tree-loop-distribute-patterns"]  # a call of memcpy takes longer than most copies here
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-# One build for torch 2.10, which has lists among its stable types, and all that follow. Its headers throw.
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-fexceptions", "-frtti"]
-CPU_SOURCES = {"csrc/binding.cpp": STABLE_ABI, "csrc/cpu/scratch.cpp": [], "csrc/cpu/generic.cpp": []}
+CPU_SOURCES = {"csrc/cpu/scratch.cpp": [], "csrc/cpu/generic.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_SOURCES |= {"csrc/cpu/avx2.cpp": AVX2, "csrc/cpu/avx512.cpp": AVX512}
     CPU_SOURCES |= {f"csrc/cpu/{name}.cpp": [*AVX512, "-mavx512bf16"] for name in ("avx512_bf16", "amx")}
+# One build for torch 2.10, the first with lists among its stable types, and all that follow. Its headers throw, in C++20.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-std=c++20", "-fexceptions", "-frtti"]
 
 CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cuda/nf4.cu"]
 ARCHITECTURES = {"80": "[sm_80,compute_80]", "90a": "sm_90a", "100": "sm_100"}  # others compile what is for 80
@@ -54,10 +54,10 @@ def find_torch():
 def build_cpu(target, run):
     """Each instruction set has a file, and flags of its own; `run` takes the words of a command, in any thread."""
     torch = find_torch()
+    sources = {"csrc/binding.cpp": [*STABLE_ABI, f"-isystem{torch / 'include'}"], **CPU_SOURCES}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        objects = [str(Path(folder, Path(source).stem + ".o")) for source in CPU_SOURCES]
-        flags = [*CXX_FLAGS, "-isystem", str(torch / "include")]
-        commands = [[*CXX, *flags, *CPU_SOURCES[source], "-c", source, "-o"] for source in CPU_SOURCES]
+        objects = [str(Path(folder, Path(source).stem + ".o")) for source in sources]
+        commands = [[*CXX, *CXX_FLAGS, *flags, "-c", source, "-o"] for source, flags in sources.items()]
         list(pool.map(run, [[*command, to] for command, to in zip(commands, objects, strict=True)]))
         run([*CXX, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)])
 
