@@ -14,6 +14,7 @@ import torch
 from batches import Batch, assert_within_budget
 from compiled import SETS, every_set, needs_library, on_threads
 
+from lora_kernels import BatchPlan, lora_linear_batched
 from lora_kernels import __main__ as command_line
 from lora_kernels.backends import cpu_library
 from lora_kernels.dispatch import Problem, choose
@@ -57,6 +58,23 @@ def test_a_row_does_not_depend_on_its_company(ask_for, isa, dtype):
     y = batch.run(CHOICE)
     for rows in (slice(0, 1), slice(3, 5), slice(8, 37)):
         assert torch.equal(batch.run(CHOICE, rows=rows), y[rows])
+
+
+@needs_library
+def test_a_slice_does_not_depend_on_those_beside_it():
+    """What is kept of a layer's adapters, with the first slice, is of those very slices."""
+    one, other = Batch(widths=(40, 24)), Batch(widths=(40, 25))
+    first, second = one.adapters
+    where = BatchPlan(one.slots)
+
+    def run(*adapters):
+        weight = torch.zeros(sum(layer.b.shape[1] for layer in adapters), one.x.shape[1], dtype=one.x.dtype)
+        return lora_linear_batched(one.x, weight, adapters, where, backend="cpu")
+
+    y = run(first, second)
+    assert torch.equal(run(first), y[:, :40])
+    assert torch.equal(run(first, other.adapters[1])[:, 40:], run(other.adapters[1]))
+    assert torch.equal(run(first, second), y)
 
 
 @needs_library
